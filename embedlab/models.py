@@ -8,11 +8,12 @@ __all__ = ['PROMPTS', 'MINILM_SHA256', 'known_prompts', 'minilm_folder', 'Machin
 
 # %% ../nbs/05_models.ipynb #02701eb5
 import hashlib, importlib.util, logging, re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers.utils import logging as hf_logging
 
 from .config import InputError, RunConfig, make_config
 
@@ -83,6 +84,7 @@ def load_model(name: str,                   # minilm, a hub id or a folder
     if folder.is_dir():
         if not [*folder.rglob("*.safetensors"), *folder.rglob("pytorch_model*.bin")]: raise InputError(f"base '{name}': no weights in this folder (model.safetensors is missing)")
     elif place.startswith((".", "/", "~")) or place.count("/") > 1: raise InputError(f"base '{name}': no such folder")
+    hf_logging.disable_progress_bar()   # of reading the weights; downloads keep theirs
     try: model = SentenceTransformer(place, device=on.device, model_kwargs={"attn_implementation": on.attention})
     except Exception as e:   # the hub's client, transformers and safetensors each raise their own
         raise InputError(f"base '{name}' could not be loaded ({type(e).__name__}: {(str(e) or 'no message').strip().splitlines()[0][:200]}); give minilm, a hub id that can be reached, or a folder") from None

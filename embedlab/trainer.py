@@ -15,6 +15,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from transformers import TrainerCallback, set_seed
+from transformers.utils import logging as hf_logging
 
 from .config import InputError, RunConfig
 from .data import Retrieval
@@ -134,10 +135,13 @@ def fit(model: SentenceTransformer,
         resume = last_checkpoint(folder, fingerprint)
         log.resumed_from = int(resume.name.split("-")[1]) if resume else None
         if resume: print(f"continuing from {resume.name}")
+        model.model_card_data.generate_widget_examples = False
+        start = evaluate(model, dev, on).mean(NDCG)   # the curve's first point: the model before its first step
         model.max_seq_length = min(cfg.train_tokens or limit, limit)
         try: trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except OSError as e: raise InputError(f"a checkpoint could not be written to {folder} ({e.strerror or e}); free some space or make it writable, then run the same command again") from None
         finally: model.max_seq_length = limit
+    log.dev.append((0, start))
     for h in trainer.state.log_history:
         if "loss" in h: log.loss.append((h["step"], h["loss"])); log.rate.append((h["step"], h["learning_rate"]))
         if "eval_dev" in h: log.dev.append((h["step"], h["eval_dev"]))
@@ -152,6 +156,7 @@ def save_model(model: SentenceTransformer, folder: Path):
     "Save a model as a sentence-transformers folder that needs no embedlab; it appears whole or not at all."
     folder = Path(folder); part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
+    hf_logging.disable_progress_bar()   # of writing one file
     try: model.save(str(part), create_model_card=False)
     except OSError as e: raise InputError(f"the model could not be saved to {folder} ({e.strerror or e}); free some space or make it writable, then run the same command again") from None
     shutil.rmtree(folder, ignore_errors=True)
