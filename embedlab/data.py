@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'NLI', 'BEIR_URL', 'BEIR', 'OWN_IDS', 'LICENSED', 'HUB', 'NANO', 'SPLITS', 'MissingSplit', 'Retrieval',
-           'digest', 'check', 'read_rows', 'read_beir', 'as_pairs', 'download', 'cache_folder', 'known', 'load',
-           'training_pairs', 'as_retrieval', 'carve_dev', 'training_data', 'evaluation_set', 'shrink', 'first_pairs']
+           'digest', 'check', 'read_rows', 'read_beir', 'as_pairs', 'download', 'known', 'load', 'training_pairs',
+           'as_retrieval', 'carve_dev', 'training_data', 'evaluation_set', 'shrink', 'first_pairs']
 
 # %% ../nbs/03_data.ipynb #e50f2c76
 import csv, hashlib, json, os, random, sys, zipfile
@@ -15,10 +15,9 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from huggingface_hub.file_download import http_get
-from platformdirs import user_cache_dir
 
 from . import pydocs as docstrings
-from .config import InputError
+from .config import InputError, cache_folder
 from .leaks import find_leaks, normalise
 
 # %% ../nbs/03_data.ipynb #236126c5
@@ -186,8 +185,6 @@ def download(url: str, path: Path,
         raise InputError(f"{url}: MD5 is {got}, not {md5} as published; the file was removed, try again or fetch it by hand")
     return part.replace(path)
 
-def cache_folder() -> Path: return Path(os.environ.get("EMBEDLAB_CACHE") or user_cache_dir("embedlab"))
-
 def _fetch_beir(name: str) -> Path:
     "Download and unpack one of BEIR's archives."
     home = cache_folder() / "data"
@@ -242,7 +239,7 @@ def load(name: str,             # a known name, a BEIR folder, a folder of SPLIT
         if got is None: raise MissingSplit(f"data set '{name}': neither corpus.jsonl (BEIR's layout) nor {SPLITS[split][0]}.tsv, .csv or .jsonl in it")
         return got
     data = os.environ.get("EMBEDLAB_DATA")
-    tried = [Path(data) / name] * bool(data) + [cache_folder() / "data" / name]
+    tried = ([Path(data) / name] if data else []) + [cache_folder() / "data" / name]
     for place in tried:
         if place.exists():
             got = _read(place, split, name, strict=name not in BEIR, empty_ok=True)

@@ -36,7 +36,7 @@ def ranking_metrics(gains: np.ndarray,      # (queries, ranked) judged relevance
     return {NDCG: (gains[:, :10] * discount[:min(10, places)]).sum(1) / (ideal * discount[:10]).sum(1), RECALL: hit[:, :100].sum(1) / relevant,
             MRR: 1 / first, MAP: (precision * hit)[:, :100].sum(1) / relevant}
 
-# %% ../nbs/08_evaluation.ipynb #fce96bef
+# %% ../nbs/08_evaluation.ipynb #3e929a8c
 @dataclass
 class Scores:
     "Hold what a model reached on one set, query by query."

@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 
 from .config import InputError, RunConfig
 from .data import Retrieval
+from .encoding import Bar
 from .evaluation import NDCG, evaluate
 from .losses import ContrastiveLoss
 from .models import Machine, machine, set_dropout, weights_hash
@@ -83,10 +84,11 @@ class Diverged(InputError):
     "The loss is no longer a number."
 
 class _Watch(TrainerCallback):
-    def __init__(self, log, fingerprint, batch, every): self.log, self.fingerprint, self.batch, self.every, self.ran = log, fingerprint, batch, every, 0
+    def __init__(self, log, fingerprint, batch, every): self.log, self.fingerprint, self.batch, self.every, self.ran, self.bar = log, fingerprint, batch, every, 0, Bar("training steps")
     def on_step_begin(self, args, state, control, **kw): self.t = time.perf_counter()
     def on_step_end(self, args, state, control, **kw):
         self.log.seconds += time.perf_counter() - self.t; self.ran += 1
+        self.bar(state.global_step, state.max_steps)
         self.log.pairs_per_s = self.ran * self.batch / self.log.seconds
         if state.global_step % self.every == 0 or state.global_step == state.max_steps: control.should_evaluate = control.should_save = True
     def on_log(self, args, state, control, logs=None, **kw):
@@ -126,8 +128,9 @@ def fit(model: SentenceTransformer,
         batch_sampler="no_duplicates", learning_rate=cfg.lr, warmup_steps=math.ceil(steps * cfg.warmup), lr_scheduler_type="linear",
         bf16=on.bf16, use_cpu=on.device == "cpu", prompts={"anchor": model.prompts.get("query", ""), "positive": model.prompts.get("document", "")},
         logging_steps=max(1, steps // 10), logging_nan_inf_filter=False, save_strategy="steps", save_steps=10**9, save_total_limit=2, eval_strategy="steps", eval_steps=10**9,
-        report_to="none", disable_tqdm=not _in_notebook(), remove_unused_columns=False)
+        report_to="none", disable_tqdm=True, remove_unused_columns=False)
     loss = ContrastiveLoss(model, cfg.temperature, (known if known is not None else pairs)["label"])
+    model.model_card_data.generate_widget_examples = False
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss, evaluator=_Dev(dev, on, limit),
@@ -135,7 +138,6 @@ def fit(model: SentenceTransformer,
         resume = last_checkpoint(folder, fingerprint)
         log.resumed_from = int(resume.name.split("-")[1]) if resume else None
         if resume: print(f"continuing from {resume.name}")
-        model.model_card_data.generate_widget_examples = False
         start = evaluate(model, dev, on).mean(NDCG)   # the curve's first point: the model before its first step
         model.max_seq_length = min(cfg.train_tokens or limit, limit)
         try: trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -147,10 +149,6 @@ def fit(model: SentenceTransformer,
         if "eval_dev" in h: log.dev.append((h["step"], h["eval_dev"]))
     model.eval()
     return log
-
-def _in_notebook() -> bool:
-    from transformers.utils.import_utils import is_in_notebook
-    return is_in_notebook()
 
 def save_model(model: SentenceTransformer, folder: Path):
     "Save a model as a sentence-transformers folder that needs no embedlab; it appears whole or not at all."

@@ -1,0 +1,165 @@
+"Data by name, from folders and over the wire (a server on this machine)."
+import hashlib
+import http.server
+import io
+import os
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from conftest import write_beir
+from embedlab import data
+from embedlab.config import InputError
+
+
+@pytest.fixture
+def archive(toy) -> bytes:
+    "BEIR's archive of a set: a folder of the set's name inside a zip."
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
+        for p in toy.rglob("*"): z.write(p, f"scifact/{p.relative_to(toy)}")
+    return out.getvalue()
+
+
+@pytest.fixture
+def server(archive):
+    "Serves scifact.zip with ranges; `cut` bytes of the next whole answer are sent before the line goes dead."
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self): self.do_GET(head=True)
+        def do_GET(self, head=False):
+            if not self.path.endswith("/scifact.zip"): return self.send_error(404)
+            asked = self.headers.get("Range")
+            start = int(asked.split("=")[1].split("-")[0]) if asked else 0
+            s.ranges.append(start)
+            body = s.body[start:]
+            self.send_response(206 if asked else 200)
+            self.send_header("Content-Length", str(len(body)))
+            if asked: self.send_header("Content-Range", f"bytes {start}-{len(s.body) - 1}/{len(s.body)}")
+            self.end_headers()
+            if not head: self.wfile.write(body)
+        def log_message(self, *a): pass
+    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    s.body, s.ranges = archive, []
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield s
+    s.shutdown()
+
+
+@pytest.fixture
+def online(server, archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BEIR_URL", f"http://127.0.0.1:{server.server_address[1]}/{{}}.zip")
+    monkeypatch.setitem(data.BEIR, "scifact", hashlib.md5(archive).hexdigest())
+    monkeypatch.setenv("EMBEDLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("EMBEDLAB_DATA", raising=False)
+    return server
+
+
+def test_download_unpack_and_keep(online, tmp_path):
+    got = data.load("scifact", "test")
+    assert (len(got.corpus), len(got.queries)) == (120, 20)
+    asked = len(online.ranges)
+    assert data.load("scifact", "dev").split == "dev" and len(online.ranges) == asked, "the second time it comes from the cache"
+    assert not list((tmp_path / "cache").rglob("*.zip*"))
+
+
+def test_download_continues(online, archive, tmp_path):
+    part = tmp_path / "cache/data/scifact.zip.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(archive[:1000])
+    assert len(data.load("scifact", "test").queries) == 20
+    assert online.ranges == [1000], "only the rest was asked for"
+
+
+def test_wrong_checksum(online, tmp_path):
+    online.body = online.body[:-1] + b"x"
+    with pytest.raises(InputError, match="MD5 is .*, not .* as published"): data.load("scifact", "test")
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()], "nothing half-right stays behind"
+
+
+def test_absent_and_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BEIR_URL", "http://127.0.0.1:9/{}.zip")   # nobody listens on the discard port
+    monkeypatch.setattr("time.sleep", lambda s: None)                    # the client waits between tries
+    monkeypatch.setenv("EMBEDLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("EMBEDLAB_DATA", str(tmp_path / "mine"))
+    with pytest.raises(InputError) as e: data.load("nfcorpus")
+    text = str(e.value)
+    assert "\n" not in text and text.startswith("nfcorpus is not here and could not be downloaded")
+    for needed in (str(tmp_path / "mine/nfcorpus"), str(tmp_path / "cache/data/nfcorpus"), "corpus.jsonl, queries.jsonl and qrels/"): assert needed in text
+    with pytest.raises(InputError, match="stsb is not here and could not be downloaded"): data.load("stsb")
+
+
+def test_licensed(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBEDLAB_DATA", str(tmp_path))
+    for name in data.LICENSED:
+        with pytest.raises(InputError, match="ask at http"): data.load(name)
+    write_beir(tmp_path / "robust04", {"d": "text"}, {"q": "query"}, {"test": {"q": {"d": 1}}})
+    assert data.load("robust04").name == "robust04"
+
+
+def test_hub_layouts(tmp_path, monkeypatch):
+    "`datasets` reads the hub's layouts from local parquet files as it reads the downloaded ones."
+    from datasets import Dataset, load_dataset
+    files = {
+        ("sentence-transformers/stsb", None, "validation"): {"sentence1": ["a b"], "sentence2": ["a c"], "score": [0.8]},
+        ("stanfordnlp/snli", None, "train"): {"premise": ["A man runs.", "x y", "z w"], "hypothesis": ["Someone moves.", "no", "so"], "label": [0, 2, -1]},
+        ("sentence-transformers/all-nli", "triplet", "train"): {"anchor": ["a"], "positive": ["b"], "negative": ["c"]},
+        ("RobZamp/sick", None, "test"): {"sentence_A": ["a"], "sentence_B": ["b"], "label": [1], "relatedness_score": [3.2]},
+        ("sentence-transformers/NanoBEIR-en", "corpus", "NanoSciFact"): {"_id": ["d1", "d2"], "text": ["one", "two"]},
+        ("sentence-transformers/NanoBEIR-en", "queries", "NanoSciFact"): {"_id": ["q1"], "text": ["first?"]},
+        ("sentence-transformers/NanoBEIR-en", "qrels", "NanoSciFact"): {"query-id": ["q1"], "corpus-id": ["d1"]},
+    }
+    for i, (key, table) in enumerate(files.items()): Dataset.from_dict(table).to_parquet(tmp_path / f"{i}.parquet")
+
+    def local(repo, config=None, split=None, revision=None):
+        if (repo, config, split) not in files: raise ValueError(f'Unknown split "{split}".')
+        return load_dataset("parquet", data_files=str(tmp_path / f"{list(files).index((repo, config, split))}.parquet"), split="train", cache_dir=str(tmp_path / "hf"))
+    monkeypatch.setattr(data, "load_dataset", local)
+    monkeypatch.setenv("EMBEDLAB_CACHE", str(tmp_path / "none"))
+    monkeypatch.delenv("EMBEDLAB_DATA", raising=False)
+    assert data.load("stsb", "dev")[0] == {"anchor": "a b", "positive": "a c", "score": 0.8}
+    snli = data.load("snli", "train")
+    assert snli["relation"] == ["entailment", "contradiction", "disagreed"]
+    assert [r["positive"] for r in data.training_pairs(snli)] == ["Someone moves."]
+    assert data.load("all-nli", "train")[0]["negative"] == "c"
+    assert data.load("sick", "test")[0] == {"anchor": "a", "positive": "b", "score": 3.2, "relation": "neutral"}
+    nano = data.load("nano-scifact")
+    assert (nano.qrels, len(nano.corpus)) == ({"q1": {"d1": 1}}, 2)
+    with pytest.raises(InputError, match="no split 'test' on the hub"): data.load("stsb", "test")
+
+
+def test_dev_never_touches_test_or_train(toy):
+    (toy / "qrels/dev.tsv").unlink()
+    rows, known, dev = data.training_data(str(toy))
+    test = data.load(str(toy), "test")
+    assert dev.split == "dev" and dev.queries and not set(dev.queries) & set(test.queries)
+    assert not set(dev.queries.values()) & set(rows["anchor"]) and len(rows) < len(known)
+    assert data.evaluation_set(str(toy), "dev").fingerprint == dev.fingerprint
+    again = data.training_data(str(toy))
+    assert again[2].fingerprint == dev.fingerprint and again[0].to_dict() == rows.to_dict()
+
+
+real = pytest.mark.skipif(not os.environ.get("EMBEDLAB_DATA"), reason="EMBEDLAB_DATA is not set; point it at a folder that holds scifact, cranfield, cisi, stsb, snli and sick")
+
+
+@real
+@pytest.mark.parametrize("name, split, documents, queries, relevant", [("scifact", "test", 5183, 300, 339), ("scifact", "train", 5183, 809, 919), ("cisi", "test", 1460, 76, 3114), ("cranfield", "test", 1400, 225, 1612)])
+def test_real_retrieval_sets(name, split, documents, queries, relevant):
+    got = data.load(name, split)
+    assert (len(got.corpus), len(got.queries), sum(len(got.relevant(q)) for q in got.queries)) == (documents, queries, relevant)
+
+
+@real
+def test_real_pair_sets():
+    assert {(n, s): len(data.load(n, s)) for n, s in (("stsb", "train"), ("stsb", "dev"), ("stsb", "test"), ("snli", "dev"), ("sick", "train"), ("sick", "dev"))} == {
+        ("stsb", "train"): 5749, ("stsb", "dev"): 1500, ("stsb", "test"): 1379, ("snli", "dev"): 9842, ("sick", "train"): 4500, ("sick", "dev"): 500}
+
+
+@real
+def test_scifacts_own_overlap():
+    "By word-set Jaccard 116 of the 300 test claims have a near twin among the train claims, and 196 share a relevant document."
+    from embedlab.leaks import find_leaks
+    train, test = data.training_pairs(data.load("scifact", "train")), data.load("scifact", "test")
+    found = find_leaks(train["anchor"], train["positive"], test.queries, {q: [test.documents[d] for d in test.relevant(q)] for q in test.queries})
+    assert (found.near, found.shared_documents) == (116, 196) and found.exact > 0

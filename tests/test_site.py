@@ -1,0 +1,53 @@
+"The site's sources: pages are processed without Quarto, and its absence is said."
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def processed(tmp_path_factory):
+    "What nbdev hands to Quarto."
+    tree = tmp_path_factory.mktemp("site") / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "_proc", "_docs", "model", "checkpoints", "__pycache__", "*.egg-info", "tests"))
+    script = "from nbdev.serve import proc_nbs\nfrom nbdev.quarto import refresh_quarto_yml\nif __name__ == '__main__':\n    refresh_quarto_yml(); print(proc_nbs(n_workers=0))"
+    p = subprocess.run([sys.executable, "-c", script], cwd=tree, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+    return tree / "_proc"
+
+
+def test_pages_are_processed(processed):
+    for p in [*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("runs/*.ipynb")]:
+        page = json.loads((processed / p.relative_to(ROOT)).read_text())
+        assert page["cells"][0]["cell_type"] == "raw" and "title:" in "".join(page["cells"][0]["source"]), p
+        shown = "".join("".join(c["source"]) for c in page["cells"])
+        assert "default_exp" not in shown and "#| export" not in shown and "#| hide\n" not in shown
+    for name in ("index.qmd", "README.md", "runs/index.qmd", "_quarto.yml", "nbdev.yml", "styles.css"): assert (processed / name).is_file(), name
+
+
+def test_runs_keep_their_record_and_pictures(processed):
+    from embedlab.records import read_record
+    for p in ROOT.glob("runs/*.ipynb"):
+        page = processed / p.relative_to(ROOT)
+        assert read_record(page).to_dict() == read_record(p).to_dict()
+        assert sum("image/png" in o.get("data", {}) for c in json.loads(page.read_text())["cells"] for o in c.get("outputs", [])) >= 4
+
+
+def test_everything_named_exists(processed):
+    site = yaml.safe_load((processed / "_quarto.yml").read_text())
+    for pattern in site["project"]["render"]: assert "labs" in pattern or list(processed.glob(pattern)), pattern
+    for item in site["website"]["navbar"]["left"]: assert (processed / item["href"]).is_file(), item
+    listing = yaml.safe_load((processed / "runs/index.qmd").read_text().split("---")[1])["listing"]
+    assert list((processed / "runs").glob(listing["contents"]))
+
+
+def test_make_site_says_what_is_missing():
+    p = subprocess.run(["make", "-s", "-o", "setup", "site"], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PATH": "/usr/bin:/bin"})
+    if shutil.which("quarto", path="/usr/bin:/bin"): pytest.skip("Quarto is installed in /usr/bin; this test wants it absent")
+    assert p.returncode != 0 and "make site needs Quarto" in p.stdout and "Traceback" not in p.stderr
