@@ -29,26 +29,37 @@ class RunConfig(BaseModel):
     "Hold every setting of one training run; unknown names and values out of bounds are refused."
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    run: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*$", description="Name of the run and of its folder in runs/; without one, a fingerprint of settings and data")
+    run: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*$",
+                            description="Name of the run and of its folder in runs/; without one, a fingerprint of settings and data")
     preset: str | None = Field(None, description="Which preset file the settings came from; only noted down")
     seed: int = Field(0, ge=0, description="Seed of the order of batches, of dropout and of the choice of pairs")
     base: str = Field("minilm", min_length=1, description="Model to start from: minilm (bundled), a hub id or a folder")
     train: str = Field("pydocs", min_length=1, description="Training set: a known name, a BEIR folder or a file of pairs")
     evaluate: Names = Field(["pydocs"], min_length=1, description="Sets to measure before and after, separated by commas")
-    split: Literal["test", "dev"] = Field("test", description="What is measured: dev for every choice, test once for a final run")
-    leaks: Literal["fail", "drop", "allow"] = Field("fail", description="When training text repeats an evaluation query: stop, remove it, or go on and mark the run")
-    max_pairs: int | None = Field(2400, ge=2, description="Training pairs to use at most (the first by a seeded shuffle); 2,400 keep the demo under five minutes")
+    split: Literal["test", "dev"] = Field("test",
+                                          description="What is measured: dev for every choice, test once for a final run")
+    leaks: Literal["fail", "drop", "allow"] = Field("fail",
+                                                    description="When training text repeats an evaluation query: stop, remove it, or go on and mark the run")
+    max_pairs: int | None = Field(2400, ge=2,
+                                  description="Training pairs to use at most (the first by a seeded shuffle); 2,400 keep the demo under five minutes")
     epochs: int = Field(1, ge=1, description="Passes over the training pairs")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps, whatever epochs says")
     batch_size: int = Field(32, ge=2, description="Pairs in a contrastive batch: each is a negative for the others, so one alone teaches nothing")
     lr: float = Field(5e-5, gt=0, le=1, description="Peak learning rate; 2e-5 to 1e-4 suits a small pretrained encoder")
-    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the optimiser steps over which the rate rises from zero, before it falls linearly")
-    temperature: float = Field(0.05, gt=0, description="Divides the cosines in the loss; 0.05 is sentence-transformers' scale of 20")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout while training; a single pass over thousands of pairs has little to overfit")
-    max_tokens: int | None = Field(None, ge=8, description="Longest text the model reads, in tokens; without one, the base model's own limit")
-    train_tokens: int | None = Field(128, ge=8, description="Longest text while training, where attention is dear; without one, max_tokens")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="bf16 halves the time where the processor has it (auto finds out)")
-    attention: Literal["auto", "eager", "sdpa"] = Field("auto", description="Attention kernel; auto takes eager on a processor, where the fused kernel's backward pass is slow at short lengths")
+    warmup: float = Field(0.1, ge=0, lt=1,
+                          description="Share of the optimiser steps over which the rate rises from zero, before it falls linearly")
+    temperature: float = Field(0.05, gt=0,
+                               description="Divides the cosines in the loss; 0.05 is sentence-transformers' scale of 20")
+    dropout: float = Field(0.0, ge=0, lt=1,
+                           description="Dropout while training; a single pass over thousands of pairs has little to overfit")
+    max_tokens: int | None = Field(None, ge=8,
+                                   description="Longest text the model reads, in tokens; without one, the base model's own limit")
+    train_tokens: int | None = Field(128, ge=8,
+                                     description="Longest text while training, where attention is dear; without one, max_tokens")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto",
+                                                       description="bf16 halves the time where the processor has it (auto finds out)")
+    attention: Literal["auto", "eager", "sdpa"] = Field("auto",
+                                                        description="Attention kernel; auto takes eager on a processor, where the fused kernel's backward pass is slow at short lengths")
     checks: int = Field(4, ge=1, description="How often in a run the dev split is scored and a checkpoint is sealed")
     fresh: bool = Field(False, description="Start over even where a checkpoint or a finished model of this very run exists")
 
@@ -58,9 +69,12 @@ def _line(e: dict) -> str: # one of pydantic's errors, as a dictionary
     name, got, ctx = ".".join(map(str, e["loc"][:1])), e["input"], e.get("ctx", {})
     if e["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, RunConfig.model_fields, 1)
-        return f"unknown parameter '{name}'; " + (f"did you mean '{near[0]}'?" if near else f"known are {', '.join(RunConfig.model_fields)}")
-    text = {"greater_than_equal": "must be at least {ge:g}", "greater_than": "must be greater than {gt:g}", "less_than": "must be less than {lt:g}",
-            "less_than_equal": "must be at most {le:g}", "literal_error": "must be {expected}", "too_short": "must name at least one set",
+        return f"unknown parameter '{name}'; " + (f"did you mean '{near[0]}'?" if near
+                                                  else f"known are {', '.join(RunConfig.model_fields)}")
+    text = {"greater_than_equal": "must be at least {ge:g}", "greater_than": "must be greater than {gt:g}",
+            "less_than": "must be less than {lt:g}",
+            "less_than_equal": "must be at most {le:g}", "literal_error": "must be {expected}",
+            "too_short": "must name at least one set",
             "string_pattern_mismatch": "may hold letters, digits, '.', '_' and '-' only"}.get(e["type"])
     return f"{name} {text.format(**ctx)}, not {got!r}" if text else f"{name}: {e['msg'][0].lower()}{e['msg'][1:]}, not {got!r}"
 
@@ -74,10 +88,12 @@ def config_from(ns: dict # the notebook's `globals()`, right after its parameter
                ) -> RunConfig:
     "Read the settings out of a notebook's namespace; a name that is no setting is an error."
     hidden = ns["get_ipython"]().user_ns_hidden if "get_ipython" in ns else {}
-    plain = {k: v for k, v in ns.items() if not k.startswith("_") and k not in hidden and k not in ("In", "Out", "exit", "quit", "get_ipython")
+    plain = {k: v for k, v in ns.items() if not k.startswith("_") and k not in hidden
+             and k not in ("In", "Out", "exit", "quit", "get_ipython")
              and (v is None or isinstance(v, (str, int, float, list, dict)))}
     if ns.get("_embedlab_ran"):
-        plain = {k: v for k, v in plain.items() if k in RunConfig.model_fields or difflib.get_close_matches(k, RunConfig.model_fields, 1, 0.85)}
+        plain = {k: v for k, v in plain.items() if k in RunConfig.model_fields
+                 or difflib.get_close_matches(k, RunConfig.model_fields, 1, 0.85)}
     ns["_embedlab_ran"] = True
     return make_config(**plain)
 

@@ -38,11 +38,13 @@ def encode(model: SentenceTransformer,
         if progress: progress(0, len(texts))
         for start in range(0, len(order), part := batch * 16):
             rows = order[start:start + part]
-            out[rows] = model.encode([unique[i] for i in rows], prompt=(model.prompts or {}).get(kind) or None, batch_size=batch, show_progress_bar=False,
+            out[rows] = model.encode([unique[i] for i in rows], prompt=(model.prompts or {}).get(kind) or None,
+                                     batch_size=batch, show_progress_bar=False,
                                      convert_to_tensor=True, normalize_embeddings=True).float().cpu().numpy()
             if progress: progress(len(texts) * min(start + part, len(order)) // len(order), len(texts))
     bad = ~np.isfinite(out).all(1)
-    if bad.any(): raise InputError(f"{int(bad.sum())} of {len(unique)} embeddings are not finite, such as that of {unique[int(bad.argmax())][:60]!r}; the model is broken or its training diverged")
+    if bad.any():
+        raise InputError(f"{int(bad.sum())} of {len(unique)} embeddings are not finite, such as that of {unique[int(bad.argmax())][:60]!r}; the model is broken or its training diverged")
     where = {t: i for i, t in enumerate(unique)}
     return out[[where[t] for t in texts]]
 

@@ -33,7 +33,8 @@ def ranking_metrics(gains: np.ndarray,      # (queries, ranked) judged relevance
     relevant, hit = np.array([len(r) for r in judged]), gains > 0
     first = np.where(hit[:, :10].any(1), hit[:, :10].argmax(1) + 1, np.inf)
     precision = np.cumsum(hit, 1) / np.arange(1, places + 1)
-    return {NDCG: (gains[:, :10] * discount[:min(10, places)]).sum(1) / (ideal * discount[:10]).sum(1), RECALL: hit[:, :100].sum(1) / relevant,
+    return {NDCG: (gains[:, :10] * discount[:min(10, places)]).sum(1) / (ideal * discount[:10]).sum(1),
+            RECALL: hit[:, :100].sum(1) / relevant,
             MRR: 1 / first, MAP: (precision * hit)[:, :100].sum(1) / relevant}
 
 # %% ../nbs/08_evaluation.ipynb #3e929a8c
@@ -56,9 +57,12 @@ def evaluate(model: SentenceTransformer,
     "Encode a retrieval set, rank all its documents for each judged query, and score the rankings."
     ids, names = list(data.queries), list(data.corpus)
     total = len(ids) + len(names)
-    d = encode(model, [data.documents[n] for n in names], "document", on, progress=progress and (lambda done, _: progress(done, total)))
-    q = encode(model, [data.queries[i] for i in ids], "query", on, progress=progress and (lambda done, _: progress(len(names) + done, total)))
-    if len(d) > 1 and np.ptp(d, axis=0).max() < 1e-6: raise InputError(f"{data.name}: all {len(d)} document embeddings are equal; the model has collapsed")
+    d = encode(model, [data.documents[n] for n in names], "document", on, progress=progress
+               and (lambda done, _: progress(done, total)))
+    q = encode(model, [data.queries[i] for i in ids], "query", on, progress=progress
+               and (lambda done, _: progress(len(names) + done, total)))
+    if len(d) > 1 and np.ptp(d, axis=0).max() < 1e-6:
+        raise InputError(f"{data.name}: all {len(d)} document embeddings are equal; the model has collapsed")
     row = {n: i for i, n in enumerate(names)}
     own = np.array([row.get(i, -1) for i in ids]) if data.own_ids else None
     _, found = exact_search(q, d, DEPTH, own)

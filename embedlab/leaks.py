@@ -72,7 +72,8 @@ def find_leaks(anchors: list[str],            # training queries, a row each
               ) -> Leaks:
     "Compare a training set with the queries and relevant documents it will be evaluated on."
     ids, texts = list(queries), list(queries.values())
-    trained = {t: r for r, t in reversed([*enumerate(map(normalise, anchors))])} | {normalise(t): r for r, t in enumerate(positives)}
+    trained = {t: r for r, t in reversed([*enumerate(map(normalise, anchors))])} | {normalise(t): r for r,
+            t in enumerate(positives)}
     wanted = {normalise(t): q for q, t in queries.items()}
     exact = [q for q in ids if normalise(queries[q]) in trained]
     row_exact = np.array([normalise(a) in wanted or normalise(p) in wanted for a, p in zip(anchors, positives)], bool)
@@ -98,6 +99,7 @@ def apply_policy(leaks: Leaks # what `find_leaks` found
     if leaks.policy == "drop":
         keep = ~leaks.rows
         leaks.dropped = int(leaks.rows.sum())
-        if not keep.any(): raise InputError(f"leaks=drop leaves none of {leaks.checked} training rows; choose another training or evaluation set")
+        if not keep.any():
+            raise InputError(f"leaks=drop leaves none of {leaks.checked} training rows; choose another training or evaluation set")
     leaks.allowed = leaks.policy == "allow" and bool(leaks.exact)
     return keep

@@ -51,4 +51,5 @@ class ContrastiveLoss(nn.Module):
         if known is not None and more: known = F.pad(known, (0, len(q) * len(more)))
         return info_nce(q, torch.cat([d, *more]), self.temperature, known)
 
-    def get_config_dict(self) -> dict: return {"temperature": self.temperature, "known_positives": sum(map(len, self.relevant.values()))}
+    def get_config_dict(self) -> dict:
+        return {"temperature": self.temperature, "known_positives": sum(map(len, self.relevant.values()))}

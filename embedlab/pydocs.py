@@ -40,8 +40,10 @@ def split_doc(doc: str,               # a docstring, indented as it stands
 
 # %% ../nbs/02_pydocs.ipynb #7b73fa44
 PACKAGES = ["matplotlib", "numpy", "scipy", "sklearn"]   # beside the standard library
-SKIP_ROOTS = {"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3", "pydoc_data", "ensurepip", "venv", "distutils"}
-SKIP_PARTS = {"tests", "test", "testing", "conftest", "setup", "demo", "demos", "examples", "externals", "backends", "sphinxext", "distutils", "f2py", "__main__"}
+SKIP_ROOTS = {"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3", "pydoc_data",
+              "ensurepip", "venv", "distutils"}
+SKIP_PARTS = {"tests", "test", "testing", "conftest", "setup", "demo", "demos", "examples", "externals", "backends",
+              "sphinxext", "distutils", "f2py", "__main__"}
 
 def _modules(): # yields modules, or the name of one that can't be imported
     def visit(name):
@@ -50,7 +52,8 @@ def _modules(): # yields modules, or the name of one that can't be imported
         yield mod
         for sub in sorted(i.name for i in pkgutil.iter_modules(getattr(mod, "__path__", []))):
             if not sub.startswith("_") and sub not in SKIP_PARTS: yield from visit(f"{name}.{sub}")
-    for root in sorted(n for n in sys.stdlib_module_names if not n.startswith("_") and n not in SKIP_ROOTS) + PACKAGES: yield from visit(root)
+    for root in sorted(n for n in sys.stdlib_module_names if not n.startswith("_") and n not in SKIP_ROOTS) + PACKAGES:
+        yield from visit(root)
 
 def _members(mod): # yields qualified name and object: public functions and classes of a module, and what a class itself defines
     for name, obj in sorted(vars(mod).items()):
@@ -79,8 +82,10 @@ def _run(seed: int, path: str):
     env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "PYTHONSTARTUP")}
     env |= {"PYTHONHASHSEED": str(seed), "MPLBACKEND": "agg", "BROWSER": "true", "PYTHONWARNINGS": "ignore"}
     code = f"from embedlab.pydocs import _collect; _collect({path!r})"
-    p = subprocess.run([sys.executable, "-P", "-c", code], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=tempfile.gettempdir())
-    if p.returncode: raise InputError(f"docstrings could not be collected: {(p.stderr.strip().splitlines() or ['no message'])[-1]}")
+    p = subprocess.run([sys.executable, "-P", "-c", code], env=env, stdin=subprocess.DEVNULL, capture_output=True,
+                       text=True, cwd=tempfile.gettempdir())
+    if p.returncode:
+        raise InputError(f"docstrings could not be collected: {(p.stderr.strip().splitlines() or ['no message'])[-1]}")
 
 def collect(seeds: tuple[int, ...] = SEEDS # hash seeds of the collecting processes
            ) -> tuple[dict[str, str], list[str]]: # docstring by first qualified name in sorted order; modules that failed to import
@@ -89,7 +94,8 @@ def collect(seeds: tuple[int, ...] = SEEDS # hash seeds of the collecting proces
         paths = [f"{tmp}/{s}.json" for s in seeds]
         with ThreadPoolExecutor(2) as pool: list(pool.map(_run, seeds, paths))
         first, *others = (json.loads(Path(p).read_text()) for p in paths)
-    same = {doc: name for doc, name in first["docs"].items() if "on this platform" not in doc and all(o["docs"].get(doc) == name for o in others)}
+    same = {doc: name for doc, name in first["docs"].items() if "on this platform" not in doc
+            and all(o["docs"].get(doc) == name for o in others)}
     return {name: doc for doc, name in sorted(same.items(), key=lambda x: (x[1], x[0]))}, first["failed"]
 
 # %% ../nbs/02_pydocs.ipynb #3b231d10
@@ -125,7 +131,8 @@ def assign(rows: list[tuple[str, str, str]], # name, summary, body; sorted by na
     size, first = np.bincount(fam), {}
     for f, r in zip(fam, rows): first.setdefault(f, r[0])
     place = {f: _hash(n) % 100 for f, n in first.items()}
-    return ["train" if size[f] > FAMILY_LIMIT else "test" if place[f] < 13 else "dev" if place[f] < 19 else "train" for f in fam]
+    return ["train" if size[f] > FAMILY_LIMIT else "test" if place[f] < 13 else "dev" if place[f] < 19 else "train"
+            for f in fam]
 
 @dataclass(frozen=True)
 class Pydocs:
@@ -140,7 +147,8 @@ class Pydocs:
 def versions() -> dict[str, str]:
     "Name what the collection is made from."
     dist = {"sklearn": "scikit-learn"}
-    return {"python": platform.python_version(), "system": platform.system()} | {p: importlib.metadata.version(dist.get(p, p)) for p in PACKAGES}
+    return {"python": platform.python_version(),
+            "system": platform.system()} | {p: importlib.metadata.version(dist.get(p, p)) for p in PACKAGES}
 
 def assemble(docs: dict[str, str],  # docstring by qualified name
              failed: list[str],     # modules that could not be imported

@@ -31,13 +31,17 @@ def compare(before: np.ndarray,  # (queries,) scores
            ) -> Delta:
     "Test a paired difference; the verdict is `within noise` unless p is below alpha."
     diff = np.asarray(after, float) - np.asarray(before, float)
-    if diff.ndim != 1 or not len(diff): raise InputError(f"a comparison needs the scores of one query at least, in the same order on both sides; got {np.shape(before)} and {np.shape(after)}")
-    if not np.isfinite(diff).all(): raise InputError(f"{int((~np.isfinite(diff)).sum())} of {len(diff)} scores are not finite; a failed run can't be compared")
+    if diff.ndim != 1 or not len(diff):
+        raise InputError(f"a comparison needs the scores of one query at least, in the same order on both sides; got {np.shape(before)} and {np.shape(after)}")
+    if not np.isfinite(diff).all():
+        raise InputError(f"{int((~np.isfinite(diff)).sum())} of {len(diff)} scores are not finite; a failed run can't be compared")
     mean, n = float(diff.mean()), len(diff)
     if n == 1 or np.ptp(diff) == 0:   # nothing varies: no spread to resample
         p = 1.0 if mean == 0 else 2.0 ** (1 - n)
         low = high = mean
     else:
-        p = float(stats.permutation_test((diff,), np.mean, permutation_type="samples", n_resamples=resamples, batch=500, rng=seed).pvalue)
-        low, high = map(float, stats.bootstrap((diff,), np.mean, n_resamples=resamples, batch=500, rng=seed).confidence_interval)
+        p = float(stats.permutation_test((diff,), np.mean, permutation_type="samples", n_resamples=resamples,
+                                         batch=500, rng=seed).pvalue)
+        low, high = map(float, stats.bootstrap((diff,), np.mean, n_resamples=resamples, batch=500,
+                                               rng=seed).confidence_interval)
     return Delta(mean, (low, high), p, n, ("better" if mean > 0 else "worse") if p < alpha else "within noise")

@@ -29,7 +29,8 @@ def planned_steps(rows: int,     # training pairs
                   cfg: RunConfig # batch size, epochs and max_steps
                  ) -> int:
     "Count the optimiser steps of a run; an incomplete last batch is left out, so that each query has the same number of negatives."
-    if rows < cfg.batch_size: raise InputError(f"{rows} training pairs don't fill one batch of {cfg.batch_size}; lower batch_size or give more data")
+    if rows < cfg.batch_size:
+        raise InputError(f"{rows} training pairs don't fill one batch of {cfg.batch_size}; lower batch_size or give more data")
     return min(rows // cfg.batch_size * cfg.epochs, cfg.max_steps or 10**12)
 
 # %% ../nbs/11_trainer.ipynb #03fa1b41
@@ -42,7 +43,8 @@ def seal(folder: Path,     # a finished checkpoint
          fingerprint: str  # of the run it belongs to
         ):
     "Write down what a checkpoint holds, last of all."
-    files = {str(p.relative_to(folder)): [p.stat().st_size, _sha(p)] for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SEAL}
+    files = {str(p.relative_to(folder)): [p.stat().st_size, _sha(p)] for p in sorted(folder.rglob("*")) if p.is_file()
+             and p.name != SEAL}
     for name in files:
         with open(folder / name, "rb") as f: os.fsync(f.fileno())
     tmp = folder / f"{SEAL}.part"
@@ -84,24 +86,28 @@ class Diverged(InputError):
     "The loss is no longer a number."
 
 class _Watch(TrainerCallback):
-    def __init__(self, log, fingerprint, batch, every): self.log, self.fingerprint, self.batch, self.every, self.ran, self.bar = log, fingerprint, batch, every, 0, Bar("training steps")
+    def __init__(self, log, fingerprint, batch, every):
+        self.log, self.fingerprint, self.batch, self.every, self.ran, self.bar = log, fingerprint, batch, every, 0, Bar("training steps")
     def on_step_begin(self, args, state, control, **kw): self.t = time.perf_counter()
     def on_step_end(self, args, state, control, **kw):
         self.log.seconds += time.perf_counter() - self.t; self.ran += 1
         self.bar(state.global_step, state.max_steps)
         self.log.pairs_per_s = self.ran * self.batch / self.log.seconds
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps: control.should_evaluate = control.should_save = True
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            control.should_evaluate = control.should_save = True
     def on_log(self, args, state, control, logs=None, **kw):
         if "loss" not in (logs or {}): return
         if not math.isfinite(logs["loss"]):
             raise Diverged(f"the loss is {logs['loss']} at step {state.global_step}; lower lr (now {args.learning_rate:g}) or raise temperature, and look at the data")
         left = (state.max_steps - state.global_step) * self.log.seconds / max(self.ran, 1)
         print(f"step {state.global_step}/{state.max_steps} · loss {logs['loss']:.3f} · {self.log.pairs_per_s:.0f} pairs/s · about {left / 60:.1f} min left", flush=True)
-    def on_save(self, args, state, control, **kw): seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.fingerprint)
+    def on_save(self, args, state, control, **kw):
+        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.fingerprint)
 
 class _Dev(SentenceEvaluator):
     "Score the dev split at full text length, whatever length training uses."
-    def __init__(self, data, on, limit): super().__init__(); self.data, self.on, self.limit, self.primary_metric = data, on, limit, "dev"
+    def __init__(self, data, on, limit):
+        super().__init__(); self.data, self.on, self.limit, self.primary_metric = data, on, limit, "dev"
     def __call__(self, model, output_path=None, epoch=-1, steps=-1):
         short, model.max_seq_length = model.max_seq_length, self.limit
         try: return {"dev": evaluate(model, self.data, self.on).mean(NDCG)}
@@ -109,7 +115,7 @@ class _Dev(SentenceEvaluator):
 
 # %% ../nbs/11_trainer.ipynb #1e598fa7
 def fit(model: SentenceTransformer,
-        pairs: Dataset,          # anchor, positive, label = [query number, document number]
+        pairs: Dataset,          # anchor, positive, negative where there is one, label = [query number, document number]
         cfg: RunConfig,
         folder: Path,            # checkpoints go to and are continued from here
         dev: Retrieval,          # scored `cfg.checks` times
@@ -124,16 +130,22 @@ def fit(model: SentenceTransformer,
     set_seed(cfg.seed); set_dropout(model, cfg.dropout)
     limit = model.max_seq_length
     args = SentenceTransformerTrainingArguments(
-        output_dir=str(folder), seed=cfg.seed, max_steps=steps, per_device_train_batch_size=cfg.batch_size, dataloader_drop_last=True,
-        batch_sampler="no_duplicates", learning_rate=cfg.lr, warmup_steps=math.ceil(steps * cfg.warmup), lr_scheduler_type="linear",
-        bf16=on.bf16, use_cpu=on.device == "cpu", prompts={"anchor": model.prompts.get("query", ""), "positive": model.prompts.get("document", "")},
-        logging_steps=max(1, steps // 10), logging_nan_inf_filter=False, save_strategy="steps", save_steps=10**9, save_total_limit=2, eval_strategy="steps", eval_steps=10**9,
+        output_dir=str(folder), seed=cfg.seed, max_steps=steps, per_device_train_batch_size=cfg.batch_size,
+        dataloader_drop_last=True,
+        batch_sampler="no_duplicates", learning_rate=cfg.lr, warmup_steps=math.ceil(steps * cfg.warmup),
+        lr_scheduler_type="linear",
+        bf16=on.bf16, use_cpu=on.device == "cpu",
+        prompts={"anchor": model.prompts.get("query", ""),
+                 **dict.fromkeys(("positive", "negative"), model.prompts.get("document", ""))},
+        logging_steps=max(1, steps // 10), logging_nan_inf_filter=False, save_strategy="steps", save_steps=10**9,
+        save_total_limit=2, eval_strategy="steps", eval_steps=10**9,
         report_to="none", disable_tqdm=True, remove_unused_columns=False)
     loss = ContrastiveLoss(model, cfg.temperature, (known if known is not None else pairs)["label"])
     model.model_card_data.generate_widget_examples = False
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss, evaluator=_Dev(dev, on, limit),
+        trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss,
+                                             evaluator=_Dev(dev, on, limit),
                                              callbacks=[_Watch(log, fingerprint, cfg.batch_size, every)])
         resume = last_checkpoint(folder, fingerprint)
         log.resumed_from = int(resume.name.split("-")[1]) if resume else None

@@ -41,8 +41,10 @@ def test_runs_keep_their_record_and_pictures(processed):
 
 def test_everything_named_exists(processed):
     site = yaml.safe_load((processed / "_quarto.yml").read_text())
-    for pattern in site["project"]["render"]: assert "labs" in pattern or list(processed.glob(pattern)), pattern
+    for pattern in site["project"]["render"]: assert list(processed.glob(pattern)), pattern
     for item in site["website"]["navbar"]["left"]: assert (processed / item["href"]).is_file(), item
+    sections = {x["section"]: x["contents"] for x in site["website"]["sidebar"][0]["contents"] if isinstance(x, dict)}
+    assert sections["Chapters"] == [f"nbs/{p.name}" for p in sorted(ROOT.glob("nbs/[0-9]*.ipynb"))], "every chapter is in the sidebar, in order"
     listing = yaml.safe_load((processed / "runs/index.qmd").read_text().split("---")[1])["listing"]
     assert list((processed / "runs").glob(listing["contents"]))
 

@@ -1,0 +1,53 @@
+"Prompts go the same way everywhere: evaluation, training, the saved model."
+import shutil
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from embedlab.config import make_config
+from embedlab.data import as_pairs, as_retrieval, training_data, training_pairs
+from embedlab.encoding import encode
+from embedlab.models import load_model
+from embedlab.trainer import fit, save_model
+
+
+@pytest.fixture
+def e5(tiny_model, tmp_path): return shutil.copytree(tiny_model, tmp_path / "e5-small-v2")
+
+
+def test_evaluation_and_saved_model(e5, tmp_path):
+    model = load_model(str(e5))
+    texts = ["split a string", "open a file"]
+    for kind, prompt in (("query", "query: "), ("document", "passage: ")):
+        plain = model.encode([prompt + t for t in texts], prompt="", normalize_embeddings=True)
+        assert np.allclose(encode(model, texts, kind), plain, atol=2e-2)
+        assert not np.allclose(encode(model, texts, kind), model.encode(texts, prompt="", normalize_embeddings=True), atol=2e-2)
+    save_model(model, tmp_path / "saved")
+    saved = SentenceTransformer(str(tmp_path / "saved"))
+    assert np.allclose(saved.encode_query(texts), model.encode([f"query: {t}" for t in texts], prompt=""), atol=1e-5)
+
+
+def test_training(e5, toy, tmp_path, monkeypatch):
+    model, seen = load_model(str(e5)), set()
+    plain = SentenceTransformer.preprocess
+    monkeypatch.setattr(SentenceTransformer, "preprocess", lambda self, inputs, prompt=None, **kw: (seen.add(prompt) if self.training else None, plain(self, inputs, prompt=prompt, **kw))[1])
+    rows, known, dev = training_data(str(toy))
+    fit(model, rows, make_config(batch_size=16, max_steps=2, precision="fp32", checks=1), tmp_path / "c", dev, "f", known)
+    assert seen == {"query: ", "passage: "}
+
+
+def test_own_prompts_are_kept(e5):
+    model = SentenceTransformer(str(e5), prompts={"query": "ask: ", "document": "text: "})
+    model.save(str(e5 / "own"), create_model_card=False)
+    assert {k: load_model(str(e5 / "own")).prompts[k] for k in ("query", "document")} == {"query": "ask: ", "document": "text: "}
+
+
+def test_given_negatives_reach_the_loss(tiny_model, toy, tmp_path, monkeypatch):
+    import embedlab.trainer as t
+    table = [(i, {"query": f"word{i} here", "positive": f"answer {i} word{i}", "negative": f"nothing {i}"}) for i in range(32)]
+    pairs, sizes = training_pairs(as_pairs(table, "toy")), []
+    plain = t.ContrastiveLoss.forward
+    monkeypatch.setattr(t.ContrastiveLoss, "forward", lambda self, features, labels=None: (sizes.append(len(list(features))), plain(self, features, labels))[1])
+    fit(load_model(str(tiny_model)), pairs, make_config(batch_size=16, max_steps=2, precision="fp32", checks=1), tmp_path / "c", as_retrieval(pairs, "toy", "dev"), "f")
+    assert sizes == [3, 3], "anchor, positive and negative"

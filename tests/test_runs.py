@@ -1,0 +1,35 @@
+"What the committed runs have to show."
+import pytest
+
+from conftest import ROOT
+from embedlab.records import read_record
+from embedlab.significance import compare
+
+
+def test_demo():
+    r = read_record(ROOT / "runs/demo.ipynb")
+    d = r.delta["pydocs/ndcg@10"]
+    assert r.status == "completed" and d["verdict"] == "better" and d["mean"] >= 0.05 and d["n"] >= 500
+    assert (r.leaks["exact"], r.leaks["near"], r.leaks["allowed"]) == (0, 0, False)
+    assert r.speed["seconds"] <= 300
+
+
+def test_five_epochs():
+    r = read_record(ROOT / "runs/out.ipynb")
+    assert r.status == "completed" and r.params["epochs"] == 5 and r.speed["seconds"] <= 600
+
+
+def test_scifact():
+    r = read_record(ROOT / "runs/scifact.ipynb")
+    assert r.before["scifact/ndcg@10"] == pytest.approx(0.645, abs=0.003)
+    assert [(d["name"], d["split"]) for d in r.data] == [("scifact", "train"), ("scifact", "test")] and r.data[1]["rows"] == 300
+    assert r.leaks["policy"] == "allow" and r.leaks["allowed"] and r.leaks["exact"] > 0 and r.leaks["near"] > 50
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("runs/*.ipynb")), ids=lambda p: p.stem)
+def test_verdicts_follow_from_the_scores(path):
+    "Recomputed from the packed scores of single queries, the record's figures come out again."
+    r = read_record(path)
+    for key, d in r.delta.items():
+        got = compare(*r.both(key)).record()
+        assert (got["verdict"], got["n"]) == (d["verdict"], d["n"]) and got["mean"] == pytest.approx(d["mean"], abs=1e-6) and got["p"] == pytest.approx(d["p"], abs=1e-9)
