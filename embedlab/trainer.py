@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as hf_logging
 
 from .config import InputError, RunConfig
@@ -147,6 +147,7 @@ def fit(model: SentenceTransformer,
         trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss,
                                              evaluator=_Dev(dev, on, limit),
                                              callbacks=[_Watch(log, fingerprint, cfg.batch_size, every)])
+        trainer.remove_callback(PrinterCallback)   # prints dictionaries; `_Watch` prints lines
         resume = last_checkpoint(folder, fingerprint)
         log.resumed_from = int(resume.name.split("-")[1]) if resume else None
         if resume: print(f"continuing from {resume.name}")
