@@ -11,7 +11,6 @@ demo: setup  ## train the bundled model on your own documentation and show wheth
 	@echo "the whole run, with its plots: runs/demo.ipynb"
 
 test: setup  ## what CI runs: notebooks clean, package in step with them, chapters, tests
-	$(RUN) $(BIN)/python tests/in_step.py
 	$(RUN) nbdev_test --n_workers 1
 	$(RUN) $(BIN)/pytest -m "not slow"
 
