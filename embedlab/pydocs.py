@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SIGNATURE', 'ROLE', 'NOISE', 'BODY_WORDS', 'PACKAGES', 'SKIP_ROOTS', 'SKIP_PARTS', 'SEEDS', 'CORPUS', 'FAMILY_LIMIT',
-           'FORMAT', 'split_doc', 'collect', 'families', 'first_of_each', 'assign', 'Pydocs', 'versions', 'assemble',
-           'pydocs']
+           'split_doc', 'collect', 'families', 'first_of_each', 'assign', 'Pydocs', 'versions', 'assemble', 'pydocs']
 
 # %% ../nbs/02_pydocs.ipynb #fd4a169f
-import hashlib, importlib, importlib.metadata, inspect, json, os, pkgutil, platform, re, subprocess, sys, tempfile, types, warnings
+import hashlib, importlib, importlib.metadata, importlib.util, inspect, json, os, pkgutil, platform, re, subprocess, sys, tempfile, types, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +119,6 @@ def first_of_each(docs: dict[str, str] # docstring by qualified name
 # %% ../nbs/02_pydocs.ipynb #79fdfa79
 CORPUS = 2500
 FAMILY_LIMIT = 20
-FORMAT = 1          # raise it when a rule of this chapter changes: kept collections are then built anew
 
 def _hash(text: str) -> int: return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
 
@@ -163,12 +161,13 @@ def assemble(docs: dict[str, str],  # docstring by qualified name
     digest = hashlib.sha256(json.dumps([seen, rows, corpus], sort_keys=True).encode()).hexdigest()
     return Pydocs(rows, corpus, seen, failed, digest)
 
-def pydocs(cache: bool = True, # keep the collection on disk, a file for each set of versions
+def pydocs(cache: bool = True, # keep the collection on disk, a file for each set of versions and rules
            seeds: tuple[int, ...] = SEEDS # hash seeds of the collecting processes
           ) -> Pydocs:
     "Build the collection from the installed packages, or read it back."
     seen = versions()
-    key = hashlib.sha256(json.dumps([FORMAT, seen]).encode()).hexdigest()[:16]
+    rules = Path(importlib.util.find_spec("embedlab.pydocs").origin).read_text()   # a changed rule makes another collection
+    key = hashlib.sha256(json.dumps([rules, seen, seeds]).encode()).hexdigest()[:16]
     path = cache_folder() / "pydocs" / f"{key}.json"
     if cache and path.exists():
         try: return Pydocs(**json.loads(path.read_text()))
