@@ -101,4 +101,4 @@ class Bar:
         if done >= total:
             self.bar.close()
             self.seconds = time.perf_counter() - self.start
-            print(f"{self.label}: {total:,} in {self.seconds:.1f} s, {total / max(self.seconds, 1e-9):.0f}/s", flush=True)
+            print(f"{self.label}: {total:,} in {self.seconds:.1f} s, {total / max(self.seconds, 1e-9):.3g}/s", flush=True)
