@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 
 from .data import Retrieval
 from .evaluation import NDCG, Scores
@@ -20,7 +21,7 @@ from .trainer import FitLog
 # %% ../nbs/13_plots.ipynb #2e1b1b7f
 CUT = 300   # characters of a text that a table shows
 
-def table(df: pd.DataFrame, caption: str = "") -> "pd.io.formats.style.Styler":
+def table(df: pd.DataFrame, caption: str = "") -> Styler:
     "Show a table of texts: left-aligned, without row numbers, long texts cut."
     left = [{"selector": "th, td", "props": "text-align: left; vertical-align: top"},
             {"selector": "caption", "props": "text-align: left"}]
