@@ -11,7 +11,6 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")   # nothing here reaches for the network
 
 
 @pytest.fixture(scope="session")

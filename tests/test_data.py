@@ -87,7 +87,10 @@ def test_absent_and_offline(tmp_path, monkeypatch):
     text = str(e.value)
     assert "\n" not in text and text.startswith("nfcorpus is not here and could not be downloaded")
     for needed in (str(tmp_path / "mine/nfcorpus"), str(tmp_path / "cache/data/nfcorpus"), "corpus.jsonl, queries.jsonl and qrels/"): assert needed in text
-    with pytest.raises(InputError, match="stsb is not here and could not be downloaded"): data.load("stsb")
+
+    def unreachable(*a, **kw): raise ConnectionError("Couldn't reach the hub")
+    monkeypatch.setattr(data, "load_dataset", unreachable)
+    with pytest.raises(InputError, match="stsb is not here and could not be downloaded .ConnectionError: Couldn't reach the hub"): data.load("stsb")
 
 
 def test_licensed(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def test_evaluation_and_saved_model(e5, tmp_path):
 def test_training(e5, toy, tmp_path, monkeypatch):
     model, seen = load_model(str(e5)), set()
     plain = SentenceTransformer.preprocess
-    monkeypatch.setattr(SentenceTransformer, "preprocess", lambda self, inputs, prompt=None, **kw: (seen.add(prompt) if self.training else None, plain(self, inputs, prompt=prompt, **kw))[1])
+    monkeypatch.setattr(SentenceTransformer, "preprocess", lambda self, inputs, prompt=None, **kw: (seen.add(prompt) if self.training and len(inputs) == 16 else None, plain(self, inputs, prompt=prompt, **kw))[1])
     rows, known, dev = training_data(str(toy))
     fit(model, rows, make_config(batch_size=16, max_steps=2, precision="fp32", checks=1), tmp_path / "c", dev, "f", known)
     assert seen == {"query: ", "passage: "}
