@@ -8,8 +8,8 @@ __all__ = ['ROLES', 'NLI', 'BEIR_URL', 'BEIR', 'CQA', 'OWN_IDS', 'LICENSED', 'HU
            'as_retrieval', 'carve_dev', 'training_data', 'evaluation_set', 'shrink', 'first_pairs']
 
 # %% ../nbs/03_data.ipynb #e50f2c76
-import csv, hashlib, json, os, random, sys, zipfile
-from dataclasses import dataclass, field, replace
+import csv, hashlib, json, os, random, zipfile
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 

@@ -7,7 +7,7 @@ __all__ = ['MIME', 'LEADING', 'MIN_FREE', 'Record', 'pack', 'unpack', 'rows_of',
            'runs_folder', 'Run', 'start', 'environment', 'peak_rss']
 
 # %% ../nbs/12_records.ipynb #b6f5173e
-import base64, html, json, math, os, platform, shutil, subprocess, sys, time, warnings, zlib
+import base64, html, json, os, platform, shutil, subprocess, sys, time, warnings, zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 

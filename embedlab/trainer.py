@@ -10,7 +10,6 @@ import hashlib, json, math, os, shutil, time, warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
@@ -22,7 +21,7 @@ from .data import Retrieval
 from .encoding import Bar
 from .evaluation import NDCG, evaluate
 from .losses import ContrastiveLoss
-from .models import Machine, machine, set_dropout, weights_hash
+from .models import Machine, machine, set_dropout
 
 # %% ../nbs/11_trainer.ipynb #16d61dcb
 def planned_steps(rows: int,     # training pairs

@@ -1,12 +1,9 @@
 "Bad input: one clear line, a non-zero exit, a notebook that shows it, and nothing lost."
-import json
 import os
 import shutil
 import stat
 
 import pytest
-
-from conftest import ROOT
 
 
 def refused(ran, expected: str, kind: str = "InputError"):
