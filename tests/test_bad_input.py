@@ -62,7 +62,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_beir_folder_is_checked(toy, fault):
     from embedlab.config import InputError
-    from embedlab.data import load
+    from embedlab.collections import load
     break_it, expected = FAULTS[fault]
     break_it(toy)
     with pytest.raises(InputError) as e: load(str(toy), "test")
@@ -138,7 +138,7 @@ def test_full_disk_while_training(toy, tiny_model, tmp_path, monkeypatch):
     "The disk fills up inside a checkpoint: one line, and the sealed checkpoint before it stays."
     import embedlab.trainer as t
     from embedlab.config import InputError, make_config
-    from embedlab.data import training_data
+    from embedlab.collections import training_data
     from embedlab.models import load_model
     cfg = make_config(batch_size=16, epochs=4, precision="fp32", checks=5, max_steps=20)
     rows, known, dev = training_data(str(toy))
@@ -165,7 +165,7 @@ def test_full_disk_while_training(toy, tiny_model, tmp_path, monkeypatch):
 ], ids=["columns", "names", "score", "empty text", "empty file", "ending"])
 def test_tables(tmp_path, name, text, expected):
     from embedlab.config import InputError
-    from embedlab.data import load
+    from embedlab.collections import load
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError) as e: load(str(tmp_path / name), "train") if name != "a.xml" else load(f"{tmp_path}/{name}", "train")
     assert expected in str(e.value)

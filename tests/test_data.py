@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 from conftest import write_beir
-from embedlab import data
+from embedlab import collections, data
 from embedlab.config import InputError
 
 
@@ -49,17 +49,17 @@ def server(archive):
 @pytest.fixture
 def online(server, archive, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BEIR_URL", f"http://127.0.0.1:{server.server_address[1]}/{{}}.zip")
-    monkeypatch.setitem(data.BEIR, "scifact", hashlib.md5(archive).hexdigest())
+    monkeypatch.setitem(collections.BEIR, "scifact", hashlib.md5(archive).hexdigest())
     monkeypatch.setenv("EMBEDLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("EMBEDLAB_DATA", raising=False)
     return server
 
 
 def test_download_unpack_and_keep(online, tmp_path):
-    got = data.load("scifact", "test")
+    got = collections.load("scifact", "test")
     assert (len(got.corpus), len(got.queries)) == (120, 20)
     asked = len(online.ranges)
-    assert data.load("scifact", "dev").split == "dev" and len(online.ranges) == asked, "the second time it comes from the cache"
+    assert collections.load("scifact", "dev").split == "dev" and len(online.ranges) == asked, "the second time it comes from the cache"
     assert not list((tmp_path / "cache").rglob("*.zip*"))
 
 
@@ -67,13 +67,13 @@ def test_download_continues(online, archive, tmp_path):
     part = tmp_path / "cache/data/scifact.zip.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(archive[:1000])
-    assert len(data.load("scifact", "test").queries) == 20
+    assert len(collections.load("scifact", "test").queries) == 20
     assert online.ranges == [1000], "only the rest was asked for"
 
 
 def test_wrong_checksum(online, tmp_path):
     online.body = online.body[:-1] + b"x"
-    with pytest.raises(InputError, match="MD5 is .*, not .* as published"): data.load("scifact", "test")
+    with pytest.raises(InputError, match="MD5 is .*, not .* as published"): collections.load("scifact", "test")
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()], "nothing half-right stays behind"
 
 
@@ -82,22 +82,22 @@ def test_absent_and_offline(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda s: None)                    # the client waits between tries
     monkeypatch.setenv("EMBEDLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("EMBEDLAB_DATA", str(tmp_path / "mine"))
-    with pytest.raises(InputError) as e: data.load("nfcorpus")
+    with pytest.raises(InputError) as e: collections.load("nfcorpus")
     text = str(e.value)
     assert "\n" not in text and text.startswith("nfcorpus is not here and could not be downloaded")
     for needed in (str(tmp_path / "mine/nfcorpus"), str(tmp_path / "cache/data/nfcorpus"), "corpus.jsonl, queries.jsonl and qrels/"): assert needed in text
 
     def unreachable(*a, **kw): raise ConnectionError("Couldn't reach the hub")
     monkeypatch.setattr(data, "load_dataset", unreachable)
-    with pytest.raises(InputError, match="stsb is not here and could not be downloaded .ConnectionError: Couldn't reach the hub"): data.load("stsb")
+    with pytest.raises(InputError, match="stsb is not here and could not be downloaded .ConnectionError: Couldn't reach the hub"): collections.load("stsb")
 
 
 def test_licensed(tmp_path, monkeypatch):
     monkeypatch.setenv("EMBEDLAB_DATA", str(tmp_path))
-    for name in data.LICENSED:
-        with pytest.raises(InputError, match="ask at http"): data.load(name)
+    for name in collections.LICENSED:
+        with pytest.raises(InputError, match="ask at http"): collections.load(name)
     write_beir(tmp_path / "robust04", {"d": "text"}, {"q": "query"}, {"test": {"q": {"d": 1}}})
-    assert data.load("robust04").name == "robust04"
+    assert collections.load("robust04").name == "robust04"
 
 
 def test_hub_layouts(tmp_path, monkeypatch):
@@ -120,25 +120,25 @@ def test_hub_layouts(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load_dataset", local)
     monkeypatch.setenv("EMBEDLAB_CACHE", str(tmp_path / "none"))
     monkeypatch.delenv("EMBEDLAB_DATA", raising=False)
-    assert data.load("stsb", "dev")[0] == {"anchor": "a b", "positive": "a c", "score": 0.8}
-    snli = data.load("snli", "train")
+    assert collections.load("stsb", "dev")[0] == {"anchor": "a b", "positive": "a c", "score": 0.8}
+    snli = collections.load("snli", "train")
     assert snli["relation"] == ["entailment", "contradiction", "disagreed"]
     assert [r["positive"] for r in data.training_pairs(snli)] == ["Someone moves."]
-    assert data.load("all-nli", "train")[0]["negative"] == "c"
-    assert data.load("sick", "test")[0] == {"anchor": "a", "positive": "b", "score": 3.2, "relation": "neutral"}
-    nano = data.load("nano-scifact")
+    assert collections.load("all-nli", "train")[0]["negative"] == "c"
+    assert collections.load("sick", "test")[0] == {"anchor": "a", "positive": "b", "score": 3.2, "relation": "neutral"}
+    nano = collections.load("nano-scifact")
     assert (nano.qrels, len(nano.corpus)) == ({"q1": {"d1": 1}}, 2)
-    with pytest.raises(InputError, match="no split 'test' on the hub"): data.load("stsb", "test")
+    with pytest.raises(InputError, match="no split 'test' on the hub"): collections.load("stsb", "test")
 
 
 def test_dev_never_touches_test_or_train(toy):
     (toy / "qrels/dev.tsv").unlink()
-    rows, known, dev = data.training_data(str(toy))
-    test = data.load(str(toy), "test")
+    rows, known, dev = collections.training_data(str(toy))
+    test = collections.load(str(toy), "test")
     assert dev.split == "dev" and dev.queries and not set(dev.queries) & set(test.queries)
     assert not set(dev.queries.values()) & set(rows["anchor"]) and len(rows) < len(known)
-    assert data.evaluation_set(str(toy), "dev").fingerprint == dev.fingerprint
-    again = data.training_data(str(toy))
+    assert collections.evaluation_suites([str(toy)], "dev")[0][0].fingerprint == dev.fingerprint
+    again = collections.training_data(str(toy))
     assert again[2].fingerprint == dev.fingerprint and again[0].to_dict() == rows.to_dict()
 
 
@@ -148,13 +148,13 @@ real = pytest.mark.skipif(not os.environ.get("EMBEDLAB_DATA"), reason="EMBEDLAB_
 @real
 @pytest.mark.parametrize("name, split, documents, queries, relevant", [("scifact", "test", 5183, 300, 339), ("scifact", "train", 5183, 809, 919), ("cisi", "test", 1460, 76, 3114), ("cranfield", "test", 1400, 225, 1612)])
 def test_real_retrieval_sets(name, split, documents, queries, relevant):
-    got = data.load(name, split)
+    got = collections.load(name, split)
     assert (len(got.corpus), len(got.queries), sum(len(got.relevant(q)) for q in got.queries)) == (documents, queries, relevant)
 
 
 @real
 def test_real_pair_sets():
-    assert {(n, s): len(data.load(n, s)) for n, s in (("stsb", "train"), ("stsb", "dev"), ("stsb", "test"), ("snli", "dev"), ("sick", "train"), ("sick", "dev"))} == {
+    assert {(n, s): len(collections.load(n, s)) for n, s in (("stsb", "train"), ("stsb", "dev"), ("stsb", "test"), ("snli", "dev"), ("sick", "train"), ("sick", "dev"))} == {
         ("stsb", "train"): 5749, ("stsb", "dev"): 1500, ("stsb", "test"): 1379, ("snli", "dev"): 9842, ("sick", "train"): 4500, ("sick", "dev"): 500}
 
 
@@ -162,6 +162,6 @@ def test_real_pair_sets():
 def test_scifacts_own_overlap():
     "By word-set Jaccard 116 of the 300 test claims have a near twin among the train claims, and 196 share a relevant document."
     from embedlab.leaks import find_leaks
-    train, test = data.training_pairs(data.load("scifact", "train")), data.load("scifact", "test")
+    train, test = data.training_pairs(collections.load("scifact", "train")), collections.load("scifact", "test")
     found = find_leaks(train["anchor"], train["positive"], test.queries, {q: [test.documents[d] for d in test.relevant(q)] for q in test.queries})
     assert (found.near, found.shared_documents) == (116, 196) and found.exact > 0

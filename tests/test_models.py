@@ -6,7 +6,8 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from embedlab.config import make_config
-from embedlab.data import as_pairs, as_retrieval, training_data, training_pairs
+from embedlab.collections import training_data
+from embedlab.data import as_retrieval, as_table, training_pairs
 from embedlab.encoding import encode
 from embedlab.models import load_model
 from embedlab.trainer import fit, save_model
@@ -46,7 +47,7 @@ def test_own_prompts_are_kept(e5):
 def test_given_negatives_reach_the_loss(tiny_model, toy, tmp_path, monkeypatch):
     import embedlab.trainer as t
     table = [(i, {"query": f"word{i} here", "positive": f"answer {i} word{i}", "negative": f"nothing {i}"}) for i in range(32)]
-    pairs, sizes = training_pairs(as_pairs(table, "toy")), []
+    pairs, sizes = training_pairs(as_table(table, "toy")), []
     plain = t.ContrastiveLoss.forward
     monkeypatch.setattr(t.ContrastiveLoss, "forward", lambda self, features, labels=None: (sizes.append(len(list(features))), plain(self, features, labels))[1])
     fit(load_model(str(tiny_model)), pairs, make_config(batch_size=16, max_steps=2, precision="fp32", checks=1), tmp_path / "c", as_retrieval(pairs, "toy", "dev"), "f")

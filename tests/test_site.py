@@ -1,6 +1,7 @@
 "The site's sources: pages are processed without Quarto, and its absence is said."
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ def processed(tmp_path_factory):
     "What nbdev hands to Quarto."
     tree = tmp_path_factory.mktemp("site") / "tree"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "_proc", "_docs", "model", "checkpoints", "__pycache__", "*.egg-info", "tests"))
+    from embedlab.report import write_leaderboard
+    write_leaderboard(tree / "runs")
     script = "from nbdev.serve import proc_nbs\nfrom nbdev.quarto import refresh_quarto_yml\nif __name__ == '__main__':\n    refresh_quarto_yml(); print(proc_nbs(n_workers=0))"
     p = subprocess.run([sys.executable, "-c", script], cwd=tree, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr
@@ -28,15 +31,16 @@ def test_pages_are_processed(processed):
         assert page["cells"][0]["cell_type"] == "raw" and "title:" in "".join(page["cells"][0]["source"]), p
         shown = "".join("".join(c["source"]) for c in page["cells"])
         assert "default_exp" not in shown and "#| export" not in shown and "#| hide\n" not in shown
-    for name in ("index.qmd", "README.md", "runs/index.qmd", "_quarto.yml", "nbdev.yml", "styles.css"): assert (processed / name).is_file(), name
+    for name in ("index.qmd", "README.md", "runs/index.qmd", "runs/leaderboard.md", "_quarto.yml", "nbdev.yml", "styles.css"): assert (processed / name).is_file(), name
 
 
 def test_runs_keep_their_record_and_pictures(processed):
-    from embedlab.records import read_record
+    from embedlab.comparison import COMPARISON, is_comparison, read_outputs
+    from embedlab.records import MIME
     for p in ROOT.glob("runs/*.ipynb"):
-        page = processed / p.relative_to(ROOT)
-        assert read_record(page).to_dict() == read_record(p).to_dict()
-        assert sum("image/png" in o.get("data", {}) for c in json.loads(page.read_text())["cells"] for o in c.get("outputs", [])) >= 4
+        page, kind, pictures = processed / p.relative_to(ROOT), *((COMPARISON, 2) if is_comparison(p) else (MIME, 4))
+        assert read_outputs(page, kind) == read_outputs(p, kind) != []
+        assert len(read_outputs(page, "image/png")) >= pictures
 
 
 def test_everything_named_exists(processed):
@@ -45,8 +49,17 @@ def test_everything_named_exists(processed):
     for item in site["website"]["navbar"]["left"]: assert (processed / item["href"]).is_file(), item
     sections = {x["section"]: x["contents"] for x in site["website"]["sidebar"][0]["contents"] if isinstance(x, dict)}
     assert sections["Chapters"] == [f"nbs/{p.name}" for p in sorted(ROOT.glob("nbs/[0-9]*.ipynb"))], "every chapter is in the sidebar, in order"
-    listing = yaml.safe_load((processed / "runs/index.qmd").read_text().split("---")[1])["listing"]
-    assert list((processed / "runs").glob(listing["contents"]))
+    included = re.findall(r"{{< include (\S+) >}}", (processed / "runs/index.qmd").read_text())
+    assert included == ["leaderboard.md"] and (processed / "runs" / included[0]).is_file()
+
+
+def test_leaderboard_holds_every_run(processed):
+    "Made by `make site` before the pages are; a link for each run, to a page that will be there."
+    text = (processed / "runs/leaderboard.md").read_text()
+    assert text.startswith("```{=html}\n") and text.count("```") == 2
+    for p in ROOT.glob("runs/*.ipynb"): assert f'href="{p.stem}.html"' in text or f"[{p.stem}]({p.name})" in text
+    steps = subprocess.run(["make", "-n", "-o", "setup", "site"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert 0 < steps.index("write_leaderboard('runs')") < steps.index("nbdev_docs")
 
 
 def test_make_site_says_what_is_missing():
