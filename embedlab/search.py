@@ -26,7 +26,7 @@ def _scores_rows(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     bits = (key >> 32).int()
     return (bits ^ (bits >> 31 & 0x7FFFFFFF)).view(torch.float32), LAST - (key & LAST)
 
-# %% ../nbs/08_search.ipynb #2d2147b6
+# %% ../nbs/08_search.ipynb #020ad955
 def _merge(best: torch.Tensor, # (queries, at most k) keys, in no order
            s: torch.Tensor,    # (queries, documents) scores of a block
            start: int,         # row of its first document
@@ -53,13 +53,15 @@ def exact_search(q: np.ndarray,               # (queries, width)
                  k: int,                      # how many to return, all documents at most
                  own: np.ndarray | None = None, # (queries,) row of each query's own document, which it must not find; -1 for none
                  similarity: str = "cosine",  # cosine, dot or euclidean (distances come back negative)
-                 block: int = 8192, tile: int = 512 # documents and queries at a time: 16 MB of scores
+                 block: int | None = None,    # documents at a time; without, an eighth of them, at least 1,024 and at most 8,192 (measured)
+                 tile: int | None = None      # queries at a time; without, a sixteenth of that, at least 128: at most 16 MB of scores
                 ) -> tuple[np.ndarray, np.ndarray]: # (queries, k) scores and document rows, best first; row -1 and -inf where none is left
     "Find the k nearest documents of each query, without approximation; of equal scores the earlier document stands first."
     if not len(d) or not len(q): raise InputError(f"there is nothing to search: {len(q)} queries, {len(d)} documents")
     if k < 1: raise InputError(f"k must be at least 1, not {k}")
     if similarity not in ("cosine", "dot", "euclidean"): raise InputError(f"similarity must be cosine, dot or euclidean, not {similarity!r}")
-    q, k = torch.from_numpy(np.array(q, np.float32)), min(k, len(d))
+    q, k, block = torch.from_numpy(np.array(q, np.float32)), min(k, len(d)), block or min(8192, max(1024, len(d) // 8))
+    tile = tile or max(128, block // 16)
     if not q.isfinite().all(): raise InputError("a query's embedding is not finite; the model is broken or its training diverged")
     if similarity == "cosine": q = torch.nn.functional.normalize(q)
     best = [torch.empty((len(p), 0), dtype=torch.int64) for p in q.split(tile)]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 CODE = '''
-import resource, sys, time
+import sys, threading, time
 from types import SimpleNamespace
-import numpy as np, torch
+import numpy as np, psutil, torch
 from beir.retrieval.evaluation import EvaluateRetrieval
 from beir.retrieval.search.dense import DenseRetrievalExactSearch
 from embedlab.data import check
@@ -33,7 +33,13 @@ def beirs(data, q, d, k):
     ndcg, mapping, recall, _ = search.evaluate(data.qrels, found, [k])
     return {m.lower(): v for m, v in (ndcg | recall | mapping).items()}
 
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak(f) -> tuple[float, float]:
+    "Resident memory before a call, and its peak during the call, in MB."
+    rss, over = psutil.Process().memory_info, threading.Event()
+    seen = [rss().rss]
+    watch = threading.Thread(target=lambda: [seen.append(rss().rss) for _ in iter(lambda: over.wait(0.002), True)])
+    watch.start(); f(); over.set(); watch.join()
+    return seen[0] / 1e6, max(seen) / 1e6
 '''
 
 
@@ -57,9 +63,8 @@ MEMORY = '''
 who, n, queries, k = sys.argv[1], *map(int, sys.argv[2:])
 data, q, d = made(n, queries)
 torch.from_numpy(q) @ torch.from_numpy(d[:8192]).T   # loads the matrix library
-before = peak()
-{"ours": ours, "beirs": beirs}[who](data, q, d, k)
-print(peak() - before)
+before, most = peak(lambda: {"ours": ours, "beirs": beirs}[who](data, q, d, k))
+print(most - before)
 '''
 
 
@@ -88,10 +93,10 @@ DISK = '''
 from embedlab.search import exact_search
 n, queries, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 q = np.load(file, mmap_mode="r")[:queries] + 0
-before = peak()
-found = exact_search(q, np.load(file, mmap_mode="r"), 100)[1]
-assert (found[:, 0] == np.arange(queries)).all()
-print(peak(), peak() - before)
+found = []
+before, most = peak(lambda: found.extend(exact_search(q, np.load(file, mmap_mode="r"), 100)))
+assert (found[1][:, 0] == np.arange(queries)).all()
+print(most, most - before)
 '''
 
 
