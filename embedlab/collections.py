@@ -163,7 +163,7 @@ def training_data(name: str # as for `load`
     ids = [q for q, t in train.queries.items() if t in chosen]
     return rest, known, train.part("dev", ids)
 
-# %% ../nbs/04_collections.ipynb #9bedbab1
+# %% ../nbs/04_collections.ipynb #cf0640cb
 def _labelled_dev(train: Dataset) -> tuple[Dataset, Dataset]: # the rest, and a tenth set aside by a hash of the texts
     order = by_hash(train["text"][:])
     cut = max(1, len(order) // 10)
@@ -235,12 +235,12 @@ def clean_parts(found: dict[str, Leaks], suites: list, train: Dataset # all judg
         except InputError as e: print(e)
     return out
 
-def evaluation_suites(names: list[str],    # sets, paths, groups (beir18, nanobeir), or NAME-clean
+def evaluation_suites(wanted: list[str],    # sets, paths, groups (beir18, nanobeir), or NAME-clean
                       split: str = "test"  # or dev
                      ) -> tuple[list[Retrieval | Pairs | Labelled], dict[str, str]]: # what to measure, and why the rest of a group is missing
     "Load what a model is measured on; of a group, sets that can't be had are named rather than fatal."
     out, missing = [], {}
-    for name in names:
+    for name in wanted:
         base = name.removesuffix("-clean")
         for part in GROUPS.get(name, [base]):
             try: found = _suites(part, split)
@@ -252,5 +252,7 @@ def evaluation_suites(names: list[str],    # sets, paths, groups (beir18, nanobe
                 if isinstance(train, Retrieval) or "text" not in train.column_names: train = training_pairs(train, scored=True)
                 found = [clean_part(s, train) for s in found]
             out += found
-    if not out: raise InputError(f"none of {', '.join(names)} can be had; the first says: {next(iter(missing.values()))}")
+    names = [s.name + ("" if not isinstance(s, Pairs) else f" ({s.task})") for s in out]
+    if twice := next((n for n in names if names.count(n) > 1), None): raise InputError(f"{twice} stands twice; two sets of one name can't be told apart in a record")
+    if not out: raise InputError(f"none of {', '.join(wanted)} can be had; the first says: {next(iter(missing.values()))}")
     return out, missing

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'LABELLED', 'NLI', 'SAME', 'MEANING', 'MissingSplit', 'Retrieval', 'digest', 'check', 'read_rows',
-           'read_beir', 'as_table', 'Pairs', 'Labelled', 'as_suites', 'training_pairs', 'as_retrieval', 'by_hash',
-           'carve_dev', 'shrink', 'first_pairs']
+           'read_beir', 'as_table', 'Pairs', 'Labelled', 'as_suites', 'entry', 'training_pairs', 'as_retrieval',
+           'by_hash', 'carve_dev', 'shrink', 'first_pairs']
 
 # %% ../nbs/03_data.ipynb #95493194
 import csv, hashlib, json, random
@@ -181,7 +181,7 @@ def _column(role: str, c: str, rows: list, where: str) -> list: # one column's v
     if bad is not None: raise InputError(f"{where}, line {rows[bad][0]}: '{c}' is empty")
     return values
 
-# %% ../nbs/03_data.ipynb #ad504fd0
+# %% ../nbs/03_data.ipynb #647b1bfe
 @dataclass(frozen=True)
 class Pairs:
     "Hold sentence pairs with a gold score, or with 1 for the same meaning and 0 for another."
@@ -233,6 +233,12 @@ def as_suites(data: Retrieval | Dataset,     # what was read
         left = len(data) - len(kept)
         out.append(Pairs(name, split, *map(list, zip(*kept)), "pairs", (f"{left} pairs that are neither are left out",) if left else ()))
     return out or [as_retrieval(data, name, split)]
+
+def entry(suite: Retrieval | Pairs | Labelled, role: str = "evaluate") -> dict:
+    "Describe a set for a record: its name, size and content, and what it is a part of."
+    rows = len(suite.queries) if isinstance(suite, Retrieval) else len(suite)
+    part = {"part": suite.notes[0]} if suite.name.endswith("-clean") and suite.notes else {}
+    return {"name": suite.name, "split": suite.split, "rows": rows, "sha256": suite.fingerprint, "role": role} | part
 
 def _labelled(cols: dict, name: str, split: str, train: Dataset | None) -> Labelled:
     seen = (train["text"][:], train["label"][:]) if train is not None else None
