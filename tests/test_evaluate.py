@@ -11,11 +11,11 @@ import pytest
 
 from conftest import ROOT, write_beir
 from embedlab.collections import GROUPS, evaluation_suites
-from embedlab.config import InputError
+from embedlab.config import EvaluateConfig, InputError
 from embedlab.encoding import EmbeddingCache, encode
 from embedlab.evaluation import evaluate
 from embedlab.models import load_model
-from embedlab.records import read_record
+from embedlab.running import model_named, start
 from embedlab.significance import score
 
 
@@ -70,7 +70,7 @@ def test_any_model_on_any_set(papermill, small, tiny_model, toy, pairs, topics):
     assert gone.code != 0 and "train it again: papermill nbs/train.ipynb runs/trained.ipynb" in gone.errors()[0].evalue
 
     # side by side with the trained run, by the base model's and the run's kept scores
-    both = papermill("side", driver="compare", runs="base,trained", baseline="base.ipynb".removesuffix(".ipynb"), sets="toy")
+    both = papermill("side", driver="compare", runs="base,trained", baseline="base.ipynb", sets="toy")
     assert both.code == 0, both.text
 
 
@@ -82,11 +82,16 @@ def test_training_is_measured_on_pairs_and_classes_too(papermill, small, toy, pa
     assert "no ranking was measured" in ran.path.read_text()
 
 
-@pytest.mark.parametrize("params, line", [({"modell": "x"}, "unknown parameter 'modell'; did you mean 'model'?"), ({"similarity": "cos"}, "similarity must be"),
-                                          ({"evaluate": "nowhere"}, "data set 'nowhere' is not known"), ({"model": "./nowhere"}, "no such folder")])
-def test_bad_settings(papermill, tiny_model, params, line):
-    ran = papermill("bad", driver="evaluate", **{"model": tiny_model} | params)
-    assert ran.code != 0 and line in ran.errors()[0].evalue and ran.record().status == "failed"
+def test_bad_settings(papermill, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBEDLAB_RUNS", str(tmp_path))
+    for params, line in (({"modell": "x"}, "unknown parameter 'modell'; did you mean 'model'"), ({"similarity": "cos"}, "similarity must be")):
+        with pytest.raises(InputError, match=line): start(params, EvaluateConfig)
+    with pytest.raises(InputError, match="data set 'nowhere' is not known"): evaluation_suites(["nowhere"])
+    (tmp_path / "empty.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
+    with pytest.raises(InputError, match="run 'empty' is here as a page, but its model is not"): model_named("empty")
+    ran = papermill("bad", driver="evaluate", model="./nowhere", evaluate="pydocs", split="dev")
+    assert ran.code != 0 and "base './nowhere': no such folder" in ran.errors()[0].evalue
+    assert ran.record().status == "failed" and ran.record().kind == "evaluate"
 
 
 @pytest.mark.parametrize("rows, line", [

@@ -10,6 +10,8 @@ import nbformat
 import pytest
 
 from conftest import ROOT
+from embedlab.comparison import CompareConfig
+from embedlab.config import EvaluateConfig, RunConfig, make_config
 
 CHAPTERS = sorted(ROOT.glob("nbs/[0-9][0-9]_*.ipynb"))
 DRIVERS = sorted(p for p in ROOT.glob("nbs/*.ipynb") if p not in CHAPTERS)
@@ -24,14 +26,13 @@ def test_parameters_tag(path):
     assert len(tagged) == 1 and tagged[0].cell_type == "code"
 
 
-def test_parameters_are_the_defaults():
-    from embedlab.config import RunConfig, make_config
-    cell = next(c for c in nbformat.read(ROOT / "nbs/train.ipynb", 4).cells if "parameters" in c.metadata.get("tags", []))
+@pytest.mark.parametrize("driver, cls", [("train", RunConfig), ("evaluate", EvaluateConfig), ("compare", CompareConfig)])
+def test_parameters_are_the_defaults(driver, cls):
+    cell = next(c for c in nbformat.read(ROOT / f"nbs/{driver}.ipynb", 4).cells if "parameters" in c.metadata.get("tags", []))
     values = {}
     exec(cell.source, {}, values)
-    assert list(values) == [k for k in RunConfig.model_fields if k in values], "in the order of RunConfig"
-    assert set(values) == set(RunConfig.model_fields)
-    assert make_config(**values) == make_config()
+    assert list(values) == list(cls.model_fields), "all of them, in their order"
+    assert make_config(cls, **values) == make_config(cls)
 
 
 @pytest.mark.parametrize("path", DRIVERS, ids=lambda p: p.stem)

@@ -36,9 +36,9 @@ def test_pages_are_processed(processed):
 
 def test_runs_keep_their_record_and_pictures(processed):
     from embedlab.comparison import COMPARISON, is_comparison, read_outputs
-    from embedlab.records import MIME
+    from embedlab.records import MIME, read_record
     for p in ROOT.glob("runs/*.ipynb"):
-        page, kind, pictures = processed / p.relative_to(ROOT), *((COMPARISON, 2) if is_comparison(p) else (MIME, 4))
+        page, kind, pictures = processed / p.relative_to(ROOT), *((COMPARISON, 2) if is_comparison(p) else (MIME, {"train": 4, "evaluate": 1}[read_record(p).kind]))
         assert read_outputs(page, kind) == read_outputs(p, kind) != []
         assert len(read_outputs(page, "image/png")) >= pictures
 
