@@ -135,7 +135,7 @@ def encode(model: SentenceTransformer,
     where = {t: i for i, t in enumerate(unique)}
     return (unit(out) if length_one else out)[[where[t] for t in texts]]
 
-# %% ../nbs/07_encoding.ipynb #cc22d3b7
+# %% ../nbs/07_encoding.ipynb #8cc15596
 class Bar:
     "Show progress: called with how much is done of how much; ends in one line with the time it took."
     def __init__(self, label: str): self.label, self.start, self.seconds, self.bar = label, None, 0.0, None
@@ -153,4 +153,5 @@ class Bar:
         if done >= total:
             self.bar.close()
             self.seconds = time.perf_counter() - self.start
-            print(f"{self.label}: {total:,} in {self.seconds:.1f} s, {total / max(self.seconds, 1e-9):.3g}/s", flush=True)
+            rate = total / max(self.seconds, 1e-9)
+            print(f"{self.label}: {total:,} in {self.seconds:.1f} s, {rate:,.0f}/s" if rate >= 100 else f"{self.label}: {total:,} in {self.seconds:.1f} s, {rate:.3g}/s", flush=True)

@@ -26,7 +26,7 @@ def _scores_rows(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     bits = (key >> 32).int()
     return (bits ^ (bits >> 31 & 0x7FFFFFFF)).view(torch.float32), LAST - (key & LAST)
 
-# %% ../nbs/08_search.ipynb #020ad955
+# %% ../nbs/08_search.ipynb #07c125bf
 def _merge(best: torch.Tensor, # (queries, at most k) keys, in no order
            s: torch.Tensor,    # (queries, documents) scores of a block
            start: int,         # row of its first document
@@ -43,10 +43,6 @@ def _merge(best: torch.Tensor, # (queries, at most k) keys, in no order
     new[query, np.arange(len(flat)) - np.repeat(np.cumsum(count) - count, count)] = _keys(s.view(-1)[flat], torch.from_numpy(flat % s.shape[1] + start))
     both = torch.cat([best, new], 1)
     return both.topk(k, 1, sorted=False).values if both.shape[1] > k else both
-
-def _score(q: torch.Tensor, d: torch.Tensor, similarity: str) -> torch.Tensor:
-    if similarity == "euclidean": return torch.addmm(-(d * d).sum(1), q, d.T, alpha=2)   # |q|² - distance²: the same order
-    return q @ (torch.nn.functional.normalize(d) if similarity == "cosine" else d).T
 
 def exact_search(q: np.ndarray,               # (queries, width)
                  d: np.ndarray,               # (documents, width), may be memory-mapped
@@ -69,9 +65,11 @@ def exact_search(q: np.ndarray,               # (queries, width)
         part = torch.from_numpy(np.array(d[start:start + block], np.float32))
         if isinstance(d, np.memmap) and d.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
             d._mmap.madvise(mmap.MADV_DONTNEED)   # a page that was read need not stay in memory
+        if similarity == "cosine": part = torch.nn.functional.normalize(part)
+        away = -(part * part).sum(1) if similarity == "euclidean" else None   # |q|² - distance² orders as the distance does
         if not part.isfinite().all(): raise InputError(f"an embedding among documents {start} to {start + len(part) - 1} is not finite; the model is broken or its training diverged")
         for n, p in enumerate(q.split(tile)):
-            s = _score(p, part, similarity)
+            s = p @ part.T if away is None else torch.addmm(away, p, part.T, alpha=2)
             if own is not None:
                 at = own[n * tile:n * tile + len(p)] - start
                 mine = np.flatnonzero((at >= 0) & (at < len(part)))
