@@ -112,7 +112,7 @@ def near_pairs(a: list[str],            # texts
     order = np.lexsort((j, i))
     return i[order], j[order], s[order]
 
-# %% ../nbs/01_leaks.ipynb #fe1080c7
+# %% ../nbs/01_leaks.ipynb #de488bd8
 CLEAN = "queries whose text is not repeated in training and none of whose relevant documents is a training positive"
 
 @dataclass
@@ -147,7 +147,8 @@ COUNTS = {  # what a field of `Leaks` or `PairLeaks` counts
     "one_sentence": "share a sentence with training", "both_sentences": "share both sentences with training, together or apart",
     "clean": "are clean: nothing repeated, no document shared", "queries": "evaluation queries", "pairs": "evaluation pairs"}
 
-def leaks_table(found: "Leaks | PairLeaks") -> list[tuple[str, int]]: # what was counted, evaluation queries or pairs
+def leaks_table(found: Leaks # what `find_leaks` or `find_pair_leaks` found
+               ) -> list[tuple[str, int]]: # what was counted, evaluation queries or pairs
     "List the counts in words."
     kept = found.record()
     return [(text, kept[k]) for k, text in COUNTS.items() if k in kept]
