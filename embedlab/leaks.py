@@ -321,7 +321,7 @@ def find_pair_leaks(train_a: list[str],    # first sentences of the training pai
                      rows=row, clean=~(first | second),
                      examples=[(f"{a[m]} | {b[m]}", f"{x[k]} | {y[k]}") for k, m in ((k, made[pairs[k]]) for k in exact[:5])])
 
-# %% ../nbs/01_leaks.ipynb #aa134b8f
+# %% ../nbs/01_leaks.ipynb #5d96afb1
 _ALL = """reddit s2orc wikianswers paq stack-exchange msmarco gooaq yahoo-answers codesearchnet coco specter searchqa eli5 flickr30k
     snli multinli sentence-compression wikihow altlex quora simple-wikipedia nq squad triviaqa"""
 TRAINED_ON = [  # pattern of the base's name, sets its card or paper names, source
@@ -352,7 +352,8 @@ def known_overlap(base: str,       # minilm, a hub id or a folder of that name
     name, out = base.lower().replace("_", "-").rstrip("/"), dict.fromkeys(sets)
     seen, source = next(((s.split(), w) for p, s, w in TRAINED_ON if re.search(p, name)), ((), ""))
     for s in sets:
-        plain = _NANO.get(s, re.sub("^nano-|^(cqadupstack)-.*", r"\1", s))
+        whole = s.removesuffix("-clean")   # a part comes from where the whole does
+        plain = _NANO.get(whole, re.sub("^nano-|^(cqadupstack)-.*", r"\1", whole))
         origin, where = MADE_FROM.get(plain, (None, None))
         if plain in seen: out[s] = f"trained on {plain} ({source})"
         elif origin in seen: out[s] = f"trained on {origin} ({source}), which {plain} is made from ({where})"

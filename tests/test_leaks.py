@@ -193,6 +193,7 @@ def test_stsb():
 def test_known_overlap():
     "Every set a base is known to have seen, under all the names a set has; nothing is claimed of an unknown base."
     got = known_overlap("sentence-transformers/all-MiniLM-L6-v2", ["quora", "nano-quoraretrieval", "cqadupstack-unix", "scifact", "nfcorpus"])
+    assert known_overlap("minilm", ["scifact-clean"])["scifact-clean"] == got["scifact"]
     assert got == known_overlap("minilm", list(got)) and got["nfcorpus"] is None
     assert got["quora"] == got["nano-quoraretrieval"] and got["quora"].startswith("trained on quora (model card")
     assert "stack-exchange" in got["cqadupstack-unix"] and "s2orc" in got["scifact"]
