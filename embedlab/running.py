@@ -96,7 +96,7 @@ def start(ns: dict, # the notebook's `globals()`, right after its parameters cel
     run = Run(config_from(ns, cls))
     return run
 
-# %% ../nbs/16_running.ipynb #4ccb980d
+# %% ../nbs/16_running.ipynb #6da69db6
 def environment() -> dict:
     "Describe what a run's figures depend on beside its settings."
     import sentence_transformers, torch, transformers
@@ -126,10 +126,12 @@ def peak_rss() -> int: # bytes
 def model_named(name: str # minilm, a run's name, a folder or a hub id
                ) -> str:  # what `load_model` takes
     "Find the saved model of a run by the run's name; other names pass through."
+    if name == "minilm": return name   # bundled, whatever runs are called
     home = runs_folder()
     if (home / name / "model").is_dir(): return str(home / name / "model")
     notebook = home / f"{Path(name).stem if name.endswith('.ipynb') else name}.ipynb"
     if not notebook.is_file(): return name
     r = read_record(notebook)
+    if r and r.kind != "train": return name   # a page that measured a model has made none
     again = " ".join(f"-p {k} {','.join(v) if isinstance(v, list) else v}" for k, v in (r.params if r else {}).items() if v is not None and k not in ("preset", "fresh"))
     raise InputError(f"run '{name}' is here as a page, but its model is not in {home.name}/{notebook.stem}/model; train it again: papermill nbs/train.ipynb {home.name}/{notebook.name} {again}")

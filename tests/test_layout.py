@@ -121,3 +121,7 @@ def test_readme_shows_the_demos_figures():
     text = (ROOT / "README.md").read_text()
     for name, verdict, before, after, mean, low, high, n in rows_of(read_record(ROOT / "runs/demo.ipynb")):
         assert f"| {name} | **{verdict}** | {before:.3f} | {after:.3f} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {n} |" in text
+    scifact = {x[0]: x for x in rows_of(read_record(ROOT / "runs/scifact.ipynb"))}
+    for key in ("scifact/ndcg@10", "scifact-clean/ndcg@10"):
+        _, verdict, before, after, mean, low, high, n = scifact[key]
+        assert f"{before:.3f} → {after:.3f} ({mean:+.3f} [{low:+.3f}, {high:+.3f}], {verdict})" in text
