@@ -181,7 +181,7 @@ def _column(role: str, c: str, rows: list, where: str) -> list: # one column's v
     if bad is not None: raise InputError(f"{where}, line {rows[bad][0]}: '{c}' is empty")
     return values
 
-# %% ../nbs/03_data.ipynb #647b1bfe
+# %% ../nbs/03_data.ipynb #08ae9888
 @dataclass(frozen=True)
 class Pairs:
     "Hold sentence pairs with a gold score, or with 1 for the same meaning and 0 for another."
@@ -197,6 +197,7 @@ class Pairs:
     def part(self, split: str, rows: list[int]) -> "Pairs":
         return replace(self, split=split, **{k: [getattr(self, k)[i] for i in rows] for k in ("a", "b", "gold")})
     def __len__(self) -> int: return len(self.gold)
+    def __repr__(self) -> str: return f"Pairs({self.name}/{self.split}: {len(self):,} pairs, {'scored' if self.task == 'similarity' else 'same or different'})"
 
 @dataclass(frozen=True)
 class Labelled:
@@ -212,6 +213,8 @@ class Labelled:
     def part(self, split: str, rows: list[int]) -> "Labelled":
         return replace(self, split=split, texts=[self.texts[i] for i in rows], labels=[self.labels[i] for i in rows])
     def __len__(self) -> int: return len(self.labels)
+    def __repr__(self) -> str:
+        return f"Labelled({self.name}/{self.split}: {len(self):,} texts, {len({*self.labels})} labels, {len(self.train[0]) if self.train else 0:,} training texts)"
 
 MEANING = {"entailment": 1.0, "same": 1.0, "contradiction": 0.0, "different": 0.0}   # neutral pairs are neither
 
