@@ -17,7 +17,7 @@ def refused(ran, expected: str, kind: str = "InputError"):
 
 @pytest.mark.parametrize("params, expected", [
     ({"epoch": 5}, "unknown parameter 'epoch'; did you mean 'epochs'?"),
-    ({"frobnicate": 1}, "unknown parameter 'frobnicate'; known are run, preset, seed"),
+    ({"frobnicate": 1}, "unknown parameter 'frobnicate'; known are run, preset, evaluate"),
     ({"epochs": 0}, "epochs must be at least 1, not 0"),
     ({"epochs": "five"}, "epochs"),
     ({"lr": -1}, "lr must be greater than 0, not -1"),
