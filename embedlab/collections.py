@@ -6,7 +6,7 @@
 __all__ = ['BEIR_URL', 'BEIR', 'CQA', 'OWN_IDS', 'LICENSED', 'HUB', 'NANO', 'SPLITS', 'GROUPS', 'download', 'known', 'load',
            'training_data', 'clean_part', 'find_overlap', 'settle', 'clean_parts', 'evaluation_suites']
 
-# %% ../nbs/04_collections.ipynb #52de6843
+# %% ../nbs/04_collections.ipynb #1ab0af86
 import hashlib, os, zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from huggingface_hub.file_download import http_get
 
 from . import pydocs as docstrings
 from .config import InputError, cache_folder
-from .data import (Labelled, MissingSplit, Pairs, Retrieval, as_retrieval, as_suites, as_table, by_hash, carve_dev,
+from .data import (NLI, Labelled, MissingSplit, Pairs, Retrieval, as_retrieval, as_suites, as_table, by_hash, carve_dev,
                            check, read_beir, read_rows, training_pairs)
 from .leaks import Leaks, apply_policy, find_leaks, find_pair_leaks, normalise
 
@@ -46,7 +46,7 @@ NANO = ("sentence-transformers/NanoBEIR-en", {"nano-" + n.lower(): "Nano" + n fo
         "ClimateFEVER DBPedia FEVER FiQA2018 HotpotQA MSMARCO NFCorpus NQ QuoraRetrieval SCIDOCS ArguAna SciFact Touche2020".split()})
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "trial"), "test": ("test",)}   # the names a split goes by
 
-# %% ../nbs/04_collections.ipynb #cbe320e4
+# %% ../nbs/04_collections.ipynb #28f54ad9
 def download(url: str, path: Path,
              md5: str | None = None # of the whole file
             ) -> Path:
@@ -75,7 +75,7 @@ def _from_hub(name: str, split: str) -> Dataset:
         try: ds = load_dataset(repo, config, split=s, revision=revision); break
         except ValueError as e: last = e          # the split goes by another name
     else: raise MissingSplit(f"{name}: no split '{split}' on the hub ({str(last).splitlines()[0]})")
-    return as_table([*enumerate(ds, 1)], f"{name}/{split}")
+    return as_table([*enumerate(ds, 1)], f"{name}/{split}", NLI)
 
 def _from_nano(name: str, split: str) -> Retrieval:
     if split != "test": raise InputError(f"{name} has a test split only, not '{split}'")

@@ -138,7 +138,7 @@ def read_beir(folder: Path,        # holds corpus.jsonl, queries.jsonl and qrels
         except (KeyError, ValueError): raise InputError(f"{files[2]}, line {n}: query-id, corpus-id and a whole-number score are needed") from None
     return check(name or folder.name, split, corpus, queries, qrels, **kw)
 
-# %% ../nbs/03_data.ipynb #6497d586
+# %% ../nbs/03_data.ipynb #6547e979
 ROLES = {"anchor": "anchor query question sentence1 text1 premise sentence_a summary".split(),
          "positive": "positive pos answer document passage sentence2 text2 hypothesis sentence_b body".split(),
          "negative": "negative neg".split(), "score": "score similarity relatedness relatedness_score".split(),
@@ -154,7 +154,8 @@ def _columns(roles: dict, names: list[str]) -> dict[str, str]: # column by role
     return {r: c for r, c in found.items() if c}
 
 def as_table(rows: list[tuple[int, dict]], # line numbers and rows
-             where: str                    # file or collection, for messages
+             where: str,                   # file or collection, for messages
+             codes: dict | None = None     # what relations written as numbers mean; without, SAME where both 0 and 1 and nothing else occur, else NLI
             ) -> Dataset:                  # anchor, positive, and where there, negative, score and relation; or text and label
     "Name a table's columns by their roles; empty texts and bad scores are refused with their line."
     if not rows: raise InputError(f"{where}: holds no row")
@@ -163,9 +164,9 @@ def as_table(rows: list[tuple[int, dict]], # line numbers and rows
     if "positive" not in cols and len(single) == 2: cols = single
     elif missing := [r for r in ("anchor", "positive") if r not in cols]:
         raise InputError(f"{where}: no column for {missing[0]} (one of {', '.join(ROLES[missing[0]])}) among {', '.join(names)}; labelled texts need text and label")
-    return Dataset.from_dict({role: _column(role, c, rows, where) for role, c in cols.items()})
+    return Dataset.from_dict({role: _column(role, c, rows, where, codes) for role, c in cols.items()})
 
-def _column(role: str, c: str, rows: list, where: str) -> list: # one column's values, checked
+def _column(role: str, c: str, rows: list, where: str, codes: dict | None) -> list: # one column's values, checked
     values = [row.get(c) for _, row in rows]
     if role == "score":
         try: values = [float(v) for v in values]
@@ -175,7 +176,7 @@ def _column(role: str, c: str, rows: list, where: str) -> list: # one column's v
         return values
     if role in ("relation", "label"):
         values = [str(v) for v in values]
-        codes = (SAME if {*values} <= {*SAME} else NLI) if role == "relation" else {}
+        codes = {} if role == "label" else codes or (SAME if {*values} == {*SAME} else NLI)
         return [codes.get(v, v if role == "label" else v.lower()) for v in values]
     bad = next((k for k, v in enumerate(values) if not isinstance(v, str) or not normalise(v)), None)
     if bad is not None: raise InputError(f"{where}, line {rows[bad][0]}: '{c}' is empty")

@@ -48,7 +48,7 @@ def server(archive):
 
 @pytest.fixture
 def online(server, archive, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BEIR_URL", f"http://127.0.0.1:{server.server_address[1]}/{{}}.zip")
+    monkeypatch.setattr(collections, "BEIR_URL", f"http://127.0.0.1:{server.server_address[1]}/{{}}.zip")
     monkeypatch.setitem(collections.BEIR, "scifact", hashlib.md5(archive).hexdigest())
     monkeypatch.setenv("EMBEDLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("EMBEDLAB_DATA", raising=False)
@@ -78,7 +78,7 @@ def test_wrong_checksum(online, tmp_path):
 
 
 def test_absent_and_offline(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BEIR_URL", "http://127.0.0.1:9/{}.zip")   # nobody listens on the discard port
+    monkeypatch.setattr(collections, "BEIR_URL", "http://127.0.0.1:9/{}.zip")   # nobody listens on the discard port
     monkeypatch.setattr("time.sleep", lambda s: None)                    # the client waits between tries
     monkeypatch.setenv("EMBEDLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("EMBEDLAB_DATA", str(tmp_path / "mine"))
@@ -88,7 +88,7 @@ def test_absent_and_offline(tmp_path, monkeypatch):
     for needed in (str(tmp_path / "mine/nfcorpus"), str(tmp_path / "cache/data/nfcorpus"), "corpus.jsonl, queries.jsonl and qrels/"): assert needed in text
 
     def unreachable(*a, **kw): raise ConnectionError("Couldn't reach the hub")
-    monkeypatch.setattr(data, "load_dataset", unreachable)
+    monkeypatch.setattr(collections, "load_dataset", unreachable)
     with pytest.raises(InputError, match="stsb is not here and could not be downloaded .ConnectionError: Couldn't reach the hub"): collections.load("stsb")
 
 
@@ -117,7 +117,7 @@ def test_hub_layouts(tmp_path, monkeypatch):
     def local(repo, config=None, split=None, revision=None):
         if (repo, config, split) not in files: raise ValueError(f'Unknown split "{split}".')
         return load_dataset("parquet", data_files=str(tmp_path / f"{list(files).index((repo, config, split))}.parquet"), split="train", cache_dir=str(tmp_path / "hf"))
-    monkeypatch.setattr(data, "load_dataset", local)
+    monkeypatch.setattr(collections, "load_dataset", local)
     monkeypatch.setenv("EMBEDLAB_CACHE", str(tmp_path / "none"))
     monkeypatch.delenv("EMBEDLAB_DATA", raising=False)
     assert collections.load("stsb", "dev")[0] == {"anchor": "a b", "positive": "a c", "score": 0.8}
