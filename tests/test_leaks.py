@@ -175,7 +175,8 @@ def real(name: str) -> Path:
 def test_scifact():
     "The standing case: the official split, and its clean part."
     real("scifact")
-    from embedlab.data import load, training_pairs
+    from embedlab.collections import load
+    from embedlab.data import training_pairs
     train, test = training_pairs(load("scifact", "train")), load("scifact", "test")
     found = find_leaks(train["anchor"], train["positive"], test.queries, {q: [test.documents[d] for d in test.relevant(q)] for q in test.queries})
     assert (found.exact, found.near, found.shared_documents, len(found.clean), found.queries) == (2, 116, 196, 104, 300)
