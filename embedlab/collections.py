@@ -163,7 +163,7 @@ def training_data(name: str # as for `load`
     ids = [q for q, t in train.queries.items() if t in chosen]
     return rest, known, train.part("dev", ids)
 
-# %% ../nbs/04_collections.ipynb #cf0640cb
+# %% ../nbs/04_collections.ipynb #5a0b54f0
 def _labelled_dev(train: Dataset) -> tuple[Dataset, Dataset]: # the rest, and a tenth set aside by a hash of the texts
     order = by_hash(train["text"][:])
     cut = max(1, len(order) // 10)
@@ -231,8 +231,10 @@ def clean_parts(found: dict[str, Leaks], suites: list, train: Dataset # all judg
     out = []
     for s in suites:
         if not found[s.name].rows.any() or s.name.endswith("-clean"): continue
-        try: out.append(clean_part(s, train))
-        except InputError as e: print(e)
+        try: part = clean_part(s, train)
+        except InputError as e: print(e); continue   # nothing is left, which is worth a line and no reason to stop
+        size = lambda x: len(x.queries) if isinstance(x, Retrieval) else len(x)
+        if size(part) < size(s): out.append(part)    # near repeats alone leave nothing out
     return out
 
 def evaluation_suites(wanted: list[str],    # sets, paths, groups (beir18, nanobeir), or NAME-clean
@@ -241,7 +243,7 @@ def evaluation_suites(wanted: list[str],    # sets, paths, groups (beir18, nanob
     "Load what a model is measured on; of a group, sets that can't be had are named rather than fatal."
     out, missing = [], {}
     for name in wanted:
-        base = name.removesuffix("-clean")
+        base = name if Path(name).exists() else name.removesuffix("-clean")
         for part in GROUPS.get(name, [base]):
             try: found = _suites(part, split)
             except InputError as e:

@@ -6,7 +6,7 @@
 __all__ = ['CUT', 'COLOURS', 'table', 'plot_deltas', 'plot_figures', 'plot_training', 'plot_queries', 'biggest_changes',
            'hardest', 'plot_map']
 
-# %% ../nbs/13_plots.ipynb #5abbc1c3
+# %% ../nbs/13_plots.ipynb #3403a475
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from .data import Retrieval
+from .encoding import unit
 from .evaluation import NDCG, Scores
 from .records import Record, figures_of, rows_of
 from .trainer import FitLog
@@ -114,7 +115,7 @@ def hardest(data: Retrieval, scores: Scores, most: int = 5, metric: str = NDCG) 
                           "found first": cut(data.documents[scores.top[i][0]]) if scores.top[i] else "nothing",
                           "wanted": cut(data.documents[data.relevant(scores.ids[i])[0]])} for i in rows])
 
-# %% ../nbs/13_plots.ipynb #d5739398
+# %% ../nbs/13_plots.ipynb #a9704147
 def plot_map(data: Retrieval, before: Scores, after: Scores, most: int = 150 # queries to draw
             ) -> Figure:
     "Draw queries and their documents before and after, on two axes common to both pictures of a kind."
@@ -131,7 +132,7 @@ def plot_map(data: Retrieval, before: Scores, after: Scores, most: int = 150 # q
         ax.scatter(*rest.T, s=3, color="0.85", label="other documents")
         ax.add_collection(LineCollection(np.stack([q, d], 1), colors="0.6", lw=0.5))
         ax.scatter(*d.T, s=10, color="C1", label="their documents"); ax.scatter(*q.T, s=10, color="C0", label="queries")
-        ax.set(title=f"{title}: mean cosine to own document {(s.q[picked] * s.d[wanted]).sum(1).mean():.2f}",
+        ax.set(title=f"{title}: mean cosine to own document {(unit(s.q[picked]) * unit(s.d[wanted])).sum(1).mean():.2f}",
                xlabel=f"{(size[:2]**2).sum() / (size**2).sum():.0%} of the spread is in these two axes", xticks=[], yticks=[])
     axes[1].legend(frameon=False, fontsize=8, loc="best")
     plt.close(fig)

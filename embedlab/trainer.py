@@ -68,7 +68,7 @@ def last_checkpoint(folder: Path, fingerprint: str) -> Path | None:
         print(f"{p.name} {why}; passed over")
     return None
 
-# %% ../nbs/11_trainer.ipynb #c89c7744
+# %% ../nbs/11_trainer.ipynb #71749bdb
 @dataclass
 class FitLog:
     "Hold what happened during training, step by step."
@@ -105,14 +105,14 @@ class _Watch(TrainerCallback):
 
 class _Dev(SentenceEvaluator):
     "Score the dev split at full text length, whatever length training uses."
-    def __init__(self, data, on, limit):
-        super().__init__(); self.data, self.on, self.limit, self.primary_metric = data, on, limit, "dev"
+    def __init__(self, data, on, limit, similarity):
+        super().__init__(); self.data, self.on, self.limit, self.similarity, self.primary_metric = data, on, limit, similarity, "dev"
     def __call__(self, model, output_path=None, epoch=-1, steps=-1):
         short, model.max_seq_length = model.max_seq_length, self.limit
-        try: return {"dev": evaluate(model, [self.data], self.on, cache=False)[0].mean(NDCG)}
+        try: return {"dev": evaluate(model, [self.data], self.on, similarity=self.similarity, cache=False)[0].mean(NDCG)}
         finally: model.max_seq_length = short
 
-# %% ../nbs/11_trainer.ipynb #a206a7ae
+# %% ../nbs/11_trainer.ipynb #418e16d1
 def fit(model: SentenceTransformer,
         pairs: Dataset,          # anchor, positive, negative where there is one, label = [query number, document number]
         cfg: RunConfig,
@@ -144,13 +144,13 @@ def fit(model: SentenceTransformer,
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss,
-                                             evaluator=_Dev(dev, on, limit),
+                                             evaluator=_Dev(dev, on, limit, cfg.similarity),
                                              callbacks=[_Watch(log, fingerprint, cfg.batch_size, every)])
         trainer.remove_callback(PrinterCallback)   # prints dictionaries; `_Watch` prints lines
         resume = last_checkpoint(folder, fingerprint)
         log.resumed_from = int(resume.name.split("-")[1]) if resume else None
         if resume: print(f"continuing from {resume.name}")
-        start = evaluate(model, [dev], on, cache=False)[0].mean(NDCG)   # the curve's first point: the model before its first step
+        start = evaluate(model, [dev], on, similarity=cfg.similarity, cache=False)[0].mean(NDCG)   # the curve's first point: the model before its first step
         model.max_seq_length = min(cfg.train_tokens or limit, limit)
         try: trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except OSError as e: raise InputError(f"a checkpoint could not be written to {folder} ({e.strerror or e}); free some space or make it writable, then run the same command again") from None

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, write_beir
-from embedlab.collections import GROUPS, evaluation_suites
-from embedlab.config import EvaluateConfig, InputError
+from datasets import Dataset
+
+from embedlab.collections import GROUPS, clean_parts, evaluation_suites, find_overlap, training_data
+from embedlab.config import EvaluateConfig, InputError, make_config
+from embedlab.data import check
 from embedlab.encoding import EmbeddingCache, encode
 from embedlab.evaluation import evaluate
 from embedlab.models import load_model
@@ -122,6 +125,24 @@ def test_the_clean_part(toy):
     whole, part = evaluation_suites([str(toy), f"{toy}-clean"])[0]
     assert part.name == "toy-clean" and list(part.queries) == [f"q{i}" for i in range(110, 120)] and "(10 of 20)" in part.notes[0]
     assert part.fingerprint != whole.fingerprint and json.dumps(part.qrels)
+
+
+def test_near_repeats_alone_make_no_part():
+    "Near repeats are reported and stay in: a part that is the whole would only be a second figure for one thing."
+    s = check("t", "test", {"1": {"text": "alpha beta"}}, {"a": "one two three four five six seven"}, {"a": {"1": 1}})
+    rows = Dataset.from_dict({"anchor": ["one two three four five six eight"], "positive": ["other text"]})
+    found = find_overlap(rows, [s])
+    assert (found["t"].near, found["t"].exact) == (1, 0) and clean_parts(found, [s], rows) == []
+
+
+def test_dev_is_ranked_as_the_test_is(tiny_model, toy, tmp_path, monkeypatch):
+    import embedlab.trainer as t
+    seen, plain = [], t.evaluate
+    monkeypatch.setattr(t, "evaluate", lambda *a, similarity="cosine", **kw: (seen.append(similarity), plain(*a, similarity=similarity, **kw))[1])
+    cfg = make_config(batch_size=16, max_steps=2, similarity="euclidean", precision="fp32")
+    rows, known, dev = training_data(str(toy))
+    t.fit(load_model(str(tiny_model)), rows, cfg, tmp_path / "fit", dev, "x", known)
+    assert len(seen) >= 2 and {*seen} == {"euclidean"}
 
 
 def test_clean_part_stands_beside_the_whole_in_a_run(papermill, small, toy):
