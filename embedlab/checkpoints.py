@@ -6,14 +6,16 @@
 __all__ = ['SEAL', 'seal', 'written_aside', 'step_of', 'checkpoints', 'fault_of', 'about', 'last_checkpoint', 'named_checkpoint',
            'rotate', 'save_model']
 
-# %% ../nbs/15_checkpoints.ipynb #97be59ff
+# %% ../nbs/15_checkpoints.ipynb #c85bc796
 import contextlib, hashlib, json, os, shutil
 from pathlib import Path
 from typing import Iterator
 
+from sentence_transformers import SentenceTransformer
 from transformers.utils import logging as hf_logging
 
 from .config import InputError
+from .tuning import interpolate, merge
 
 # %% ../nbs/15_checkpoints.ipynb #4ee1ee18
 SEAL = "sealed.json"
@@ -104,9 +106,17 @@ def rotate(folder: Path,
     for p in checkpoints(folder)[2 if "last" in keep else 1:]:
         if not ("best" in keep and step_of(p) == best): shutil.rmtree(p)
 
-# %% ../nbs/15_checkpoints.ipynb #bff00959
-def save_model(model, folder: Path # model: a SentenceTransformer
+# %% ../nbs/15_checkpoints.ipynb #77ee6794
+def save_model(model: SentenceTransformer,
+               folder: Path,                   # of the model; LoRA's adapter alone goes to `adapter` beside it
+               share: float | None = None,     # of the tuned weights, the rest is the base's; without it all
+               base_state: dict | None = None  # the base's weights, where a share is given
               ):
-    "Save a model as a sentence-transformers folder that needs no embedlab; it appears whole or not at all."
+    "Save a model as a sentence-transformers folder that needs neither peft nor embedlab; each folder appears whole or not at all."
     hf_logging.disable_progress_bar()   # of writing one file
+    folder, encoder = Path(folder), getattr(model, "transformers_model", None)
+    if getattr(encoder, "_hf_peft_config_loaded", False):
+        with written_aside(folder.with_name("adapter")) as part: encoder.save_pretrained(str(part))
+    if share: interpolate(base_state, model, share)
+    merge(model)
     with written_aside(folder) as part: model.save(str(part), create_model_card=False)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BEIR_URL', 'BEIR', 'CQA', 'OWN_IDS', 'LICENSED', 'HUB', 'NANO', 'SPLITS', 'GROUPS', 'download', 'known', 'load',
-           'training_data', 'clean_part', 'find_overlap', 'settle', 'clean_parts', 'evaluation_suites']
+           'training_data', 'TrainingSet', 'training_sets', 'joined', 'kept', 'clean_part', 'find_overlap', 'settle',
+           'clean_parts', 'evaluation_suites']
 
-# %% ../nbs/04_collections.ipynb #1ab0af86
+# %% ../nbs/04_collections.ipynb #48e719e5
 import hashlib, os, zipfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from huggingface_hub.file_download import http_get
 from . import pydocs as docstrings
 from .config import InputError, cache_folder
 from .data import (NLI, Labelled, MissingSplit, Pairs, Retrieval, as_retrieval, as_suites, as_table, by_hash, carve_dev,
-                           check, read_beir, read_rows, training_pairs)
+                           check, first_pairs, negative_columns, read_beir, read_rows, training_pairs)
 from .leaks import Leaks, apply_policy, find_leaks, find_pair_leaks, normalise
 
 # %% ../nbs/04_collections.ipynb #9c0d3d9e
@@ -163,7 +164,67 @@ def training_data(name: str # as for `load`
     ids = [q for q, t in train.queries.items() if t in chosen]
     return rest, known, train.part("dev", ids)
 
-# %% ../nbs/04_collections.ipynb #5a0b54f0
+# %% ../nbs/04_collections.ipynb #12700a00
+@dataclass(frozen=True)
+class TrainingSet:
+    "Hold one of a run's training sets."
+    name: str
+    rows: Dataset     # to train on: anchor, positive, its negatives, label = [query number, document number], distinct from other sets' numbers
+    known: Dataset    # all judged rows, numbered alike: for masking, and for what must not be mined as a negative
+    dev: Retrieval    # for every choice
+    total: int        # rows there were before the caps
+
+def _shares(sizes: list[int], most: int | None) -> list[int]: # of each set; together `most`, or all
+    "Share a number out by size, by largest remainders; of equal ones the earlier set's is larger."
+    if most is None or most >= sum(sizes): return sizes
+    exact = [most * n / sum(sizes) for n in sizes]
+    first = sorted(range(len(sizes)), key=lambda i: (int(exact[i]) - exact[i], i))[:most - sum(map(int, exact))]
+    return [int(x) + (i in first) for i, x in enumerate(exact)]
+
+def _negatives(train: Dataset) -> list | None: # of each row
+    names = negative_columns(train)
+    return [*map(list, zip(*(train[c] for c in names)))] if names else None
+
+def _apart_from(rows: Dataset, others: list[Retrieval]) -> Dataset: # rows that touch no other set's dev split
+    queries = {(k, q): t for k, d in enumerate(others) for q, t in d.queries.items()}
+    if not queries: return rows
+    answers = {(k, q): ts for k, d in enumerate(others) for q, ts in d.answers.items()}
+    return rows.select(np.flatnonzero(~find_leaks(rows["anchor"], rows["positive"], queries, answers, negatives=_negatives(rows)).rows))
+
+def training_sets(names: list[str],             # as for `load`
+                  max_per_set: int | None = None, # rows of each set at most
+                  max_pairs: int | None = None,   # rows of all sets together at most, in shares of their size
+                  seed: int = 0                   # of the choice of rows
+                 ) -> list[TrainingSet]:
+    "Load the training sets of a run, each with its dev split."
+    if twice := next((n for n in names if names.count(n) > 1), None): raise InputError(f"train names {twice} twice")
+    got = [training_data(n) for n in names]
+    rows = [_apart_from(r, [d for j, (_, _, d) in enumerate(got) if j != i]) for i, (r, _, _) in enumerate(got)]
+    if bare := next((n for n, r in zip(names, rows) if not len(r)), None): raise InputError(f"train: no row of {bare} is left, all touch another set's dev split; leave one of the sets out")
+    shares = _shares([min(len(r), max_per_set or len(r)) for r in rows], max_pairs)
+    out, start = [], np.array([0, 0])
+    for name, r, (_, known, dev), n in zip(names, rows, got, shares):
+        out.append(TrainingSet(name, _renumber(first_pairs(r, n, seed), start), _renumber(known, start), dev, len(r)))
+        start = start + np.max(known["label"][:], 0) + 1
+    return out
+
+def _renumber(rows: Dataset, start: np.ndarray) -> Dataset: # start: of the queries' and of the documents' numbers
+    return rows if not start.any() else Dataset.from_dict(rows.to_dict() | {"label": (np.array(rows["label"][:]) + start).tolist()})
+
+def joined(sets: list[TrainingSet], what: str = "rows" # or known
+          ) -> Dataset: # anchor, positive, label, negatives; empty where a set has fewer of them
+    "Lay the rows of several sets one after another."
+    parts = [getattr(t, what) for t in sets]
+    columns = dict.fromkeys(c for p in parts for c in p.column_names)
+    return Dataset.from_dict({c: [x for p in parts for x in (p[c] if c in p.column_names else [""] * len(p))] for c in columns})
+
+def kept(sets: list[TrainingSet], keep: np.ndarray # (rows of all sets,) True for those to train on
+        ) -> list[TrainingSet]:
+    "Leave rows out of the sets they came from; a set that loses all of them goes."
+    ends = np.cumsum([len(t.rows) for t in sets])[:-1]
+    return [replace(t, rows=t.rows.select(np.flatnonzero(k))) for t, k in zip(sets, np.split(keep, ends)) if k.any()]
+
+# %% ../nbs/04_collections.ipynb #cc3406b7
 def _labelled_dev(train: Dataset) -> tuple[Dataset, Dataset]: # the rest, and a tenth set aside by a hash of the texts
     order = by_hash(train["text"][:])
     cut = max(1, len(order) // 10)
@@ -181,8 +242,6 @@ def _suites(name: str, split: str) -> list[Retrieval | Pairs | Labelled]:
         try: train = load(name, "train")
         except MissingSplit: pass   # clusters need no training texts
     return as_suites(data, Path(name).name, split, train)
-
-def _negatives(train: Dataset) -> list | None: return train["negative"][:] if "negative" in train.column_names else None
 
 def clean_part(suite: Retrieval | Pairs | Labelled, # what is measured
                train: Dataset                       # what was trained on: anchor and positive, or text

@@ -22,7 +22,7 @@ class InputError(ValueError):
 # %% ../nbs/00_config.ipynb #7e6f0f7f
 def cache_folder() -> Path: return Path(os.environ.get("EMBEDLAB_CACHE") or user_cache_dir("embedlab"))
 
-# %% ../nbs/00_config.ipynb #91178725
+# %% ../nbs/00_config.ipynb #82d20c0c
 def _names(v: str | list) -> list: return [n.strip() for n in v.split(",") if n.strip()] if isinstance(v, str) else v
 Names = Annotated[list[str], BeforeValidator(_names)]
 Widths = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(lambda v: [v] if isinstance(v, int) else _names(v))]
@@ -145,6 +145,7 @@ class RunConfig(Measuring):
         if self.tune == "head" and not self.head: raise ValueError("tune: the head alone is to be trained, but there is none; give its width with head")
         if self.mine_to < self.mine_from + self.negatives - 1: raise ValueError(f"mine_to: ranks {self.mine_from} to {self.mine_to} hold fewer than {self.negatives} negatives")
         if self.remine and not self.negatives: raise ValueError("remine: there is nothing to mine anew; give negatives")
+        if self.final == "best" and not {"best", "every"} & {*self.keep}: raise ValueError("final: the best weights are asked for, but keep lets their checkpoint go; name best in keep")
         if self.batch_size % self.processes: raise ValueError(f"processes: {self.processes} can't share a batch of {self.batch_size} equally")
         return self
 
@@ -188,10 +189,10 @@ def config_from(ns: dict, # the notebook's `globals()`, right after its paramete
     ns["_embedlab_ran"] = True
     return make_config(cls, **plain)
 
-# %% ../nbs/00_config.ipynb #d1e6d1b0
+# %% ../nbs/00_config.ipynb #5aea4d17
 def fingerprint(cfg: Measuring, # settings
                 *content        # anything JSON can hold that the result depends on: hashes of the data and of the base model
                ) -> str:        # 12 hexadecimal digits
     "Hash settings and content; equal fingerprints mean the same computation."
-    kept = cfg.model_dump(exclude={"run", "preset", "fresh"})
+    kept = cfg.model_dump(exclude={"run", "preset", "fresh", "keep", "report_to", "resume_from"})
     return hashlib.sha256(json.dumps([kept, content], sort_keys=True).encode()).hexdigest()[:12]

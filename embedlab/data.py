@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'LABELLED', 'NLI', 'SAME', 'MEANING', 'MissingSplit', 'Retrieval', 'digest', 'check', 'read_rows',
-           'read_beir', 'as_table', 'Pairs', 'Labelled', 'as_suites', 'entry', 'training_pairs', 'as_retrieval',
-           'by_hash', 'carve_dev', 'shrink', 'first_pairs']
+           'read_beir', 'as_table', 'Pairs', 'Labelled', 'as_suites', 'entry', 'negative_columns', 'training_pairs',
+           'as_retrieval', 'by_hash', 'carve_dev', 'shrink', 'first_pairs']
 
-# %% ../nbs/03_data.ipynb #95493194
-import csv, hashlib, json, random
+# %% ../nbs/03_data.ipynb #d5201fb8
+import csv, hashlib, json, random, re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -138,7 +138,7 @@ def read_beir(folder: Path,        # holds corpus.jsonl, queries.jsonl and qrels
         except (KeyError, ValueError): raise InputError(f"{files[2]}, line {n}: query-id, corpus-id and a whole-number score are needed") from None
     return check(name or folder.name, split, corpus, queries, qrels, **kw)
 
-# %% ../nbs/03_data.ipynb #6547e979
+# %% ../nbs/03_data.ipynb #8713d3dc
 ROLES = {"anchor": "anchor query question sentence1 text1 premise sentence_a summary".split(),
          "positive": "positive pos answer document passage sentence2 text2 hypothesis sentence_b body".split(),
          "negative": "negative neg".split(), "score": "score similarity relatedness relatedness_score".split(),
@@ -156,7 +156,7 @@ def _columns(roles: dict, names: list[str]) -> dict[str, str]: # column by role
 def as_table(rows: list[tuple[int, dict]], # line numbers and rows
              where: str,                   # file or collection, for messages
              codes: dict | None = None     # what relations written as numbers mean; without, SAME where both 0 and 1 and nothing else occur, else NLI
-            ) -> Dataset:                  # anchor, positive, and where there, negative, score and relation; or text and label
+            ) -> Dataset:                  # anchor, positive, and where there, negative, negative_1 …, score and relation; or text and label
     "Name a table's columns by their roles; empty texts and bad scores are refused with their line."
     if not rows: raise InputError(f"{where}: holds no row")
     names = [*rows[0][1]]
@@ -164,6 +164,7 @@ def as_table(rows: list[tuple[int, dict]], # line numbers and rows
     if "positive" not in cols and len(single) == 2: cols = single
     elif missing := [r for r in ("anchor", "positive") if r not in cols]:
         raise InputError(f"{where}: no column for {missing[0]} (one of {', '.join(ROLES[missing[0]])}) among {', '.join(names)}; labelled texts need text and label")
+    cols |= {n.lower(): n for n in names if re.fullmatch(r"negative_\d+", n.lower())}
     return Dataset.from_dict({role: _column(role, c, rows, where, codes) for role, c in cols.items()})
 
 def _column(role: str, c: str, rows: list, where: str, codes: dict | None) -> list: # one column's values, checked
@@ -251,11 +252,16 @@ def _labelled(cols: dict, name: str, split: str, train: Dataset | None) -> Label
         raise InputError(f"{name}/{split}: label '{min(new)}' does not occur in train; a classifier can't know it")
     return Labelled(name, split, cols["text"], cols["label"], seen)
 
-# %% ../nbs/03_data.ipynb #c3c206da
+# %% ../nbs/03_data.ipynb #bdaa49a7
+def negative_columns(rows: Dataset) -> list[str]: # negative, negative_1, negative_2 …, as they stand
+    "Name the columns that hold negatives."
+    return [c for c in rows.column_names if re.fullmatch(r"negative(_\d+)?", c)]
+
 def training_pairs(data: Retrieval | Dataset, # a retrieval set or a table of pairs
                    scored: bool = False       # take scored pairs too, whatever their score: to look for overlap, not to train
-                  ) -> Dataset:              # anchor, positive, negative where the table has one, and label = [query number, document number]
+                  ) -> Dataset:              # anchor, positive, the negatives that the table has, and label = [query number, document number]
     "List training rows, numbered so that equal anchors or positives are known to be equal."
+    names = ["anchor", "positive"] + ([] if isinstance(data, Retrieval) else negative_columns(data))
     if isinstance(data, Retrieval):
         rows = [(data.queries[q], data.documents[d]) for q in data.queries for d in data.relevant(q)]
     elif "label" in data.column_names and "text" in data.column_names:
@@ -263,12 +269,12 @@ def training_pairs(data: Retrieval | Dataset, # a retrieval set or a table of pa
     elif "score" in data.column_names and "relation" not in data.column_names and not scored:
         raise InputError("scored pairs measure a model; training with a contrastive loss needs pairs, triples or labelled pairs")
     else:
-        rows = [tuple(r[c] for c in ("anchor", "positive", "negative") if c in r) for r in data
+        rows = [tuple(r[c] for c in names) for r in data
                 if scored or MEANING.get(r.get("relation", "same"))]
     if not rows: raise InputError("the training set holds no positive pair")
     q, d = {}, {}
     label = [[q.setdefault(a, len(q)), d.setdefault(p, len(d))] for a, p, *_ in rows]
-    return Dataset.from_dict(dict(zip(("anchor", "positive", "negative"), map(list, zip(*rows)))) | {"label": label})
+    return Dataset.from_dict(dict(zip(names, map(list, zip(*rows)))) | {"label": label})
 
 def as_retrieval(data: Retrieval | Dataset, name: str, split: str) -> Retrieval:
     "Make a retrieval set of pairs: anchors ask, all positives together are the corpus."

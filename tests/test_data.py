@@ -165,3 +165,56 @@ def test_scifacts_own_overlap():
     train, test = data.training_pairs(collections.load("scifact", "train")), collections.load("scifact", "test")
     found = find_leaks(train["anchor"], train["positive"], test.queries, {q: [test.documents[d] for d in test.relevant(q)] for q in test.queries})
     assert (found.near, found.shared_documents) == (116, 196) and found.exact > 0
+
+
+def write_pairs(path, n: int, word: str, columns=("query", "positive")) -> str:
+    "A file of n rows whose texts have no word in common."
+    path.write_text("\t".join(columns) + "\n" + "".join("\t".join(f"{word}{c}{i} {word}{c}more{i}" for c in columns) + "\n" for i in range(n)))
+    return str(path)
+
+
+@pytest.mark.parametrize("columns", [("query", "positive", "negative"), ("anchor", "positive", "negative_1", "Negative_2")])
+def test_given_negatives_stay_with_their_rows(tmp_path, columns):
+    rows, known, dev = collections.training_data(write_pairs(tmp_path / "mine.tsv", 50, "w", columns))
+    names = [c.lower() for c in columns[2:]]
+    assert rows.column_names == ["anchor", "positive", *names, "label"] and 0 < len(rows) < len(known) == 50
+    for r in rows:
+        i = r["anchor"].removeprefix(f"w{columns[0]}").split()[0]
+        assert [r[n] for n in names] == [f"w{c}{i} w{c}more{i}" for c in columns[2:]]
+    leaky = data.check("eval", "test", {"d": {"text": rows[3][names[-1]]}}, {"q": "something else"}, {"q": {"d": 1}})
+    assert collections.find_overlap(rows, [leaky])["eval"].negative_documents == 1, "the last column of negatives is looked at too"
+
+
+def test_one_training_set_is_what_it_was(toy):
+    rows, known, dev = collections.training_data(str(toy))
+    one, = collections.training_sets([str(toy)], max_pairs=30, seed=5)
+    assert data.digest(one.rows) == data.digest(data.first_pairs(rows, 30, 5)) and data.digest(one.known) == data.digest(known)
+    assert (one.total, one.dev.fingerprint) == (80, dev.fingerprint)
+    assert data.digest(collections.training_sets([str(toy)])[0].rows) == data.digest(rows)
+
+
+def test_training_sets_share_the_cap(tmp_path, toy):
+    names = [str(toy), write_pairs(tmp_path / "b.tsv", 300, "b"), write_pairs(tmp_path / "c.tsv", 20, "c", ("query", "positive", "negative"))]
+    sizes = lambda **kw: [len(s.rows) for s in collections.training_sets(names, **kw)]
+    assert sizes() == [80, 270, 18] and sizes(max_per_set=50) == [50, 50, 18]
+    assert sizes(max_pairs=101) == [22, 74, 5] and sizes(max_pairs=10, max_per_set=50) == [4, 4, 2], "largest remainders"
+    a, b, c = (collections.training_sets(names, max_pairs=101, seed=s) for s in (1, 1, 2))
+    assert [data.digest(s.rows) for s in a] == [data.digest(s.rows) for s in b] != [data.digest(s.rows) for s in c]
+    for one in a: assert set(map(tuple, one.rows["label"])) <= set(map(tuple, one.known["label"])) and one.total == {"toy": 80, "b.tsv": 270, "c.tsv": 18}[one.name.split("/")[-1]]
+    for part in (0, 1):
+        numbers = [{x[part] for x in s.known["label"]} for s in a]
+        assert len(set().union(*numbers)) == sum(map(len, numbers)), "no number of one set is another's"
+    with pytest.raises(InputError, match="twice"): collections.training_sets(names + names[:1])
+
+
+def test_no_set_trains_on_anothers_dev(tmp_path, toy):
+    dev = collections.load(str(toy), "dev")
+    asked = list(dev.queries)[:5]
+    path = tmp_path / "b.jsonl"
+    path.write_text("".join(f'{{"query": "{q}", "positive": "{d}"}}\n' for q, d in [(f"w{i} v{i}", f"x{i} y{i}") for i in range(40)]
+                            + [(dev.queries[q].upper(), f"z{q} u{q}") for q in asked] + [(f"s{q} t{q}", dev.answers[q][0]) for q in asked]))
+    alone, = collections.training_sets([str(path)])
+    beside = collections.training_sets([str(toy), str(path)])[1]
+    touched = set(dev.queries.values()) | {a for x in dev.answers.values() for a in x}
+    hits = lambda s: sum(r["anchor"].lower() in touched or r["positive"] in touched for r in s.rows)
+    assert hits(alone) > 0 == hits(beside) and len(beside.rows) == len(alone.rows) - hits(alone) == beside.total

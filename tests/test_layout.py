@@ -10,8 +10,10 @@ import nbformat
 import pytest
 
 from conftest import ROOT
+from embedlab.benchmarking import BenchConfig
 from embedlab.comparison import CompareConfig
 from embedlab.config import EvaluateConfig, RunConfig, make_config
+from embedlab.sweeping import SweepConfig
 
 CHAPTERS = sorted(ROOT.glob("nbs/[0-9][0-9]_*.ipynb"))
 DRIVERS = sorted(p for p in ROOT.glob("nbs/*.ipynb") if p not in CHAPTERS)
@@ -26,7 +28,7 @@ def test_parameters_tag(path):
     assert len(tagged) == 1 and tagged[0].cell_type == "code"
 
 
-@pytest.mark.parametrize("driver, cls", [("train", RunConfig), ("evaluate", EvaluateConfig), ("compare", CompareConfig)])
+@pytest.mark.parametrize("driver, cls", [("train", RunConfig), ("evaluate", EvaluateConfig), ("compare", CompareConfig), ("sweep", SweepConfig), ("bench", BenchConfig)])
 def test_parameters_are_the_defaults(driver, cls):
     cell = next(c for c in nbformat.read(ROOT / f"nbs/{driver}.ipynb", 4).cells if "parameters" in c.metadata.get("tags", []))
     values = {}

@@ -6,11 +6,13 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from embedlab.config import make_config
-from embedlab.collections import training_data
+from embedlab.collections import TrainingSet, training_sets
 from embedlab.data import as_retrieval, as_table, training_pairs
 from embedlab.encoding import encode
+from embedlab.engine import Pairs
 from embedlab.models import load_model
-from embedlab.trainer import fit, save_model
+from embedlab.checkpoints import save_model
+from embedlab.trainer import fit
 
 
 @pytest.fixture
@@ -29,13 +31,15 @@ def test_evaluation_and_saved_model(e5, tmp_path):
     assert np.allclose(saved.encode_query(texts), model.encode([f"query: {t}" for t in texts], prompt=""), atol=1e-5)
 
 
-def test_training(e5, toy, tmp_path, monkeypatch):
-    model, seen = load_model(str(e5)), set()
-    plain = SentenceTransformer.preprocess
-    monkeypatch.setattr(SentenceTransformer, "preprocess", lambda self, inputs, prompt=None, **kw: (seen.add(prompt) if self.training and len(inputs) == 16 else None, plain(self, inputs, prompt=prompt, **kw))[1])
-    rows, known, dev = training_data(str(toy))
-    fit(model, rows, make_config(batch_size=16, max_steps=2, precision="fp32", checks=1), tmp_path / "c", dev, "f", known)
-    assert seen == {"query: ", "passage: "}
+def test_training(e5, toy, tmp_path):
+    "Every row that is trained on begins with its column's prompt."
+    model = load_model(str(e5))
+    one, = training_sets([str(toy)])
+    data, tok = Pairs(model, [(one.rows, one.known, 0)]), model.tokenizer
+    for ids, column, prompt in zip(data.columns[0], ("anchor", "positive"), ("query: ", "passage: ")):
+        assert [list(i) for i in ids] == tok([prompt + t for t in one.rows[column]], truncation=True, max_length=model.max_seq_length)["input_ids"]
+        assert all(tok.decode(i).split()[1] == prompt.strip(": ") for i in ids)
+    fit(model, [one], make_config(batch_size=16, max_steps=2, precision="fp32", checks=1), tmp_path / "c", [one.dev], "f")
 
 
 def test_own_prompts_are_kept(e5):
@@ -50,5 +54,6 @@ def test_given_negatives_reach_the_loss(tiny_model, toy, tmp_path, monkeypatch):
     pairs, sizes = training_pairs(as_table(table, "toy")), []
     plain = t.ContrastiveLoss.forward
     monkeypatch.setattr(t.ContrastiveLoss, "forward", lambda self, features, labels=None: (sizes.append(len(list(features))), plain(self, features, labels))[1])
-    fit(load_model(str(tiny_model)), pairs, make_config(batch_size=16, max_steps=2, precision="fp32", checks=1), tmp_path / "c", as_retrieval(pairs, "toy", "dev"), "f")
+    dev = as_retrieval(pairs, "toy", "dev")
+    fit(load_model(str(tiny_model)), [TrainingSet("toy", pairs, pairs, dev, 32)], make_config(batch_size=16, max_steps=2, precision="fp32", checks=1), tmp_path / "c", [dev], "f")
     assert sizes == [3, 3], "anchor, positive and negative"

@@ -1,8 +1,10 @@
 "The train driver, run by papermill as a user runs it."
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -95,34 +97,46 @@ def test_overlap_stops_drops_or_marks(papermill, small, toy):
     assert allowed.code == 0 and allowed.record().leaks["allowed"] is True and "Marked" in allowed.path.read_text()
 
 
-def test_killed_and_continued(tiny_model, toy, tmp_path):
-    "SIGKILL between two checkpoints; the same call again ends with the weights of the uninterrupted run."
-    script = f"""
-import os, signal, sys
-from pathlib import Path
-from embedlab.config import make_config
-from embedlab.collections import training_data
-from embedlab.models import load_model, weights_hash
-from embedlab.trainer import fit
-import embedlab.trainer as t
-cfg = make_config(batch_size=16, epochs=4, lr=1e-3, precision="fp32", checks=5, dropout=0.1)
-rows, known, dev = training_data({str(toy)!r})
-if sys.argv[2] == "kill":
-    plain = t._Watch.on_step_end
-    def on_step_end(self, args, state, control, **kw):
-        if state.global_step == 11: os.kill(os.getpid(), signal.SIGKILL)
-        plain(self, args, state, control, **kw)
-    t._Watch.on_step_end = on_step_end
-model = load_model({str(tiny_model)!r})
-log = fit(model, rows, cfg, Path(sys.argv[1]), dev, "same", known)
-print("RESULT", log.resumed_from, weights_hash(model), log.loss)
-"""
-    go = lambda folder, how: subprocess.run([sys.executable, "-c", script, str(tmp_path / folder), how], capture_output=True, text=True, cwd=ROOT)
-    result = lambda p: next(x for x in p.stdout.splitlines() if x.startswith("RESULT")).split(maxsplit=2)
-    whole, cut = go("whole", "run"), go("cut", "kill")
-    assert whole.returncode == 0, whole.stderr
-    assert cut.returncode == -9
-    continued = go("cut", "run")
-    assert continued.returncode == 0, continued.stderr
-    assert result(whole)[1] == "None" and result(continued)[1] == "8"
-    assert result(continued)[2] == result(whole)[2]
+def test_killed_and_continued(papermill, small):
+    "Signal 9 to papermill and its kernel after a checkpoint; the same command ends with the scores of a run that was left alone."
+    import psutil
+    settings = small | {"epochs": 12, "checks": 12, "dropout": 0.1}
+    whole = papermill("whole", run="whole", **settings)
+    assert whole.code == 0, whole.text
+    p = papermill.start("cut", run="cut", **settings)
+    kept = papermill.home / "cut" / "checkpoints"
+    while p.poll() is None and not [*kept.glob("checkpoint-*[0-9]")]: time.sleep(0.02)
+    for child in psutil.Process(p.pid).children(recursive=True): child.kill()
+    p.kill(); p.wait()
+    assert not (papermill.home / "cut" / "model").exists()
+    again = papermill("cut", run="cut", **settings)
+    assert again.code == 0, again.text
+    assert "continuing from checkpoint-" in again.path.read_text()
+    a, b = whole.record(), again.record()
+    assert b.after == a.after and b.scores == a.scores and b.engine == a.engine
+    sha = lambda run: hashlib.sha256((papermill.home / run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    assert sha("cut") == sha("whole") and not kept.exists()
+
+
+def test_changed_data_under_the_same_name(papermill, small, toy):
+    assert papermill("one", run="one", max_steps=2, **small).code == 0
+    lines = (toy / "queries.jsonl").read_text().splitlines()
+    (toy / "queries.jsonl").write_text("\n".join([json.dumps({"_id": "q0", "text": "other words"}), *lines[1:]]) + "\n")
+    other = papermill("two", run="one", max_steps=2, **small)
+    assert other.code != 0 and "holds a run with other settings, data or base model" in other.errors()[0].evalue
+
+
+def test_several_training_sets_and_the_record_of_the_engine(papermill, small, toy, tmp_path):
+    rows = "".join(f"word{i} query{i}\tanswer{i} text{i}\tnothing{i} like{i}\n" for i in range(60))
+    (tmp_path / "mine.tsv").write_text("query\tpositive\tnegative\n" + rows)
+    ran = papermill("both", run="both", **small | {"train": f"{toy},{tmp_path / 'mine.tsv'}", "mix": "round_robin", "tune": "lora", "lora_rank": 4, "max_per_set": 50, "batch_size": 8, "epochs": 1})
+    assert ran.code == 0, ran.text
+    r = ran.record()
+    assert [(d["rows"], d["role"]) for d in r.data] == [(50, "train"), (50, "train"), (20, "evaluate")]
+    assert r.engine["mix"] == "round_robin" and r.engine["rows"] == 100 and r.engine["columns"] == [2, 3] and r.engine["batch"] == 8
+    assert r.model["trainable"] == r.engine["trainable"] < r.model["parameters"]
+    assert (papermill.home / "both" / "adapter" / "adapter_model.safetensors").exists()
+    # continued by name: the second run starts from what the first one made
+    more = papermill("more", run="more", **small | {"base": "both", "max_steps": 2})
+    assert more.code == 0, more.text
+    assert more.record().before == r.after
