@@ -6,7 +6,7 @@
 __all__ = ['peak', 'matrix_numbers', 'BenchConfig', 'run_library', 'run_ours', 'contenders', 'take_turns', 'speeds',
            'peak_memory', 'qualities', 'growth', 'encodings']
 
-# %% ../nbs/25_benchmarking.ipynb #ce555202
+# %% ../nbs/25_benchmarking.ipynb #55180926
 import multiprocessing, tempfile, time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import pandas as pd
 import psutil
 import torch
 from datasets import Dataset
+from IPython.utils.capture import capture_output
 from pydantic import BaseModel, ConfigDict, Field
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -51,7 +52,7 @@ def matrix_numbers(model: torch.nn.Module) -> int:
     "Count the weights that every token is multiplied with: all but the embedding tables, and the pooler, which sentence embeddings don't read."
     return sum(p.numel() for n, p in model.named_parameters() if "embeddings" not in n and "pooler" not in n)
 
-# %% ../nbs/25_benchmarking.ipynb #acabbd78
+# %% ../nbs/25_benchmarking.ipynb #fd0bd372
 class BenchConfig(BaseModel):
     "Hold the settings of a benchmark."
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -87,7 +88,6 @@ def run_library(rows: Dataset, cfg: BenchConfig, on: Machine, kernel: str = "sdp
         args = SentenceTransformerTrainingArguments(
             tmp, max_steps=total, per_device_train_batch_size=cfg.batch_size, dataloader_drop_last=True, learning_rate=cfg.lr, warmup_steps=warmup_steps(total, make_config()), seed=seed, bf16=bf16,
             use_cpu=on.device == "cpu", save_strategy="no", report_to="none", disable_tqdm=True)
-        model.model_card_data.generate_widget_examples = False
         SentenceTransformerTrainer(model=model, args=args, train_dataset=rows.select_columns(["anchor", "positive"]), loss=MultipleNegativesRankingLoss(model), callbacks=[watch]).train()
     return model.eval(), watch.end - watch.start
 
@@ -115,14 +115,17 @@ def contenders(cfg: BenchConfig, on: Machine, rows: Dataset) -> dict:
     out[f"embedlab ({chosen.attention})"] = lambda **kw: run_ours(rows, cfg, on, **kw)
     return out
 
-# %% ../nbs/25_benchmarking.ipynb #a62d2b91
+# %% ../nbs/25_benchmarking.ipynb #61261ef7
+def _quietly(f, *args):
+    with capture_output(): return f(*args)   # bars and lines of the trainers
+
 def take_turns(ways: dict, rounds: int, measure=None # called between two contenders
               ) -> tuple[dict[str, list[float]], list]: # seconds of each round, and what was measured
     "Run every contender once a round, in an order that turns, and drop what they return."
     seconds, between, names = {n: [] for n in ways}, [], [*ways]
     for i in range(rounds):
         for n in names[i % len(names):] + names[:i % len(names)]:
-            seconds[n].append(ways[n]())
+            seconds[n].append(_quietly(ways[n]))
             if measure: between.append(measure())
             print(f"round {i + 1}/{rounds} · {n}: {seconds[n][-1]:.1f} s", flush=True)
     return seconds, between
@@ -160,13 +163,13 @@ def peak_memory(cfg: BenchConfig, on: Machine, rows: Dataset) -> dict[str, int]:
         out[name] = top
     return out
 
-# %% ../nbs/25_benchmarking.ipynb #dc268b4d
+# %% ../nbs/25_benchmarking.ipynb #e50c46e4
 def qualities(cfg: BenchConfig, on: Machine, rows: Dataset, dev: Retrieval) -> tuple[pd.DataFrame, dict[str, float]]: # nDCG@10 by way and seed, with ours against each; and seconds of each epoch
     "Train an epoch in each way, with each seed, and compare on dev."
     ways, scores = contenders(cfg, on, rows), {}
     for name, way in ways.items():
         for seed in range(cfg.seeds):
-            model, seconds = way(seed=seed)
+            model, seconds = _quietly(lambda: way(seed=seed))
             model.max_seq_length = load_model(cfg.base, None, on).max_seq_length
             scores.setdefault(name, []).append(evaluate(model, [dev], on, cache=False)[0])
             print(f"{name}, seed {seed}: dev nDCG@10 {scores[name][-1].mean(NDCG):.4f} after {seconds:.0f} s", flush=True)
@@ -178,11 +181,11 @@ def qualities(cfg: BenchConfig, on: Machine, rows: Dataset, dev: Retrieval) -> t
                       "ours minus it": d.mean if d else None, "95 % interval": f"{d.ci95[0]:+.3f} to {d.ci95[1]:+.3f}" if d else "", "verdict on ours": d.verdict if d else ""})
     return pd.DataFrame(table)
 
-# %% ../nbs/25_benchmarking.ipynb #1cf73bd6
+# %% ../nbs/25_benchmarking.ipynb #af979ba9
 def growth(cfg: BenchConfig, on: Machine, rows: Dataset) -> pd.DataFrame: # seconds of an epoch by pairs
     "Time our epoch on more and more pairs."
     sizes = [n for n in cfg.growth if n <= len(rows)]
-    return pd.DataFrame([{"pairs": n, "seconds": s, "pairs/s": n / s} for n in sizes for s in [run_ours(rows.select(range(n)), cfg, on)[1]]])
+    return pd.DataFrame([{"pairs": n, "seconds": s, "pairs/s": n / s} for n in sizes for s in [_quietly(run_ours, rows.select(range(n)), cfg, on)[1]]])
 
 # %% ../nbs/25_benchmarking.ipynb #b8d72635
 def encodings(cfg: BenchConfig, on: Machine) -> tuple[pd.DataFrame, dict]: # texts a second; and how equal the embeddings and their nDCG@10 are

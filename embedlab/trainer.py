@@ -105,7 +105,7 @@ class _Control(TrainerCallback):
             control.should_training_stop, step = True, best_check(state.log_history)[0]
             self.log.stopped = f"dev was not better in {self.engine.cfg.patience} checks than at step {step}"
 
-# %% ../nbs/18_trainer.ipynb #6c9aef24
+# %% ../nbs/18_trainer.ipynb #7eeef17c
 def live(e: Engine) -> dict:
     "Describe a run by the objects that ran it."
     opt, loss, body = getattr(e.optimizer, "optimizer", e.optimizer), e.loss, e.model[0]
@@ -118,7 +118,7 @@ def live(e: Engine) -> dict:
             "rows": len(e.data), "columns": [len(c) for c in e.data.columns], "tokens": e.model.max_seq_length, "processes": e.args.world_size,
             "loss": type(loss).__name__, **loss.get_config_dict(), "dropout": p, "average": e.average.decay if e.average else None,
             "attention": getattr(getattr(body, "config", None), "_attn_implementation", None), "precision": e.accelerator.mixed_precision,
-            "gradient_checkpointing": bool(getattr(getattr(body, "auto_model", None), "is_gradient_checkpointing", False)), "compiled": e.args.torch_compile,
+            "gradient_checkpointing": bool(getattr(getattr(body, "auto_model", None), "is_activation_checkpointing", False)), "compiled": e.args.torch_compile,
             "threads": torch.get_num_threads(), "seed": e.args.seed, "device": e.args.device.type,
             "trainable": sum(x.numel() for x in e.model.parameters() if x.requires_grad)}
 
