@@ -52,7 +52,7 @@ def matrix_numbers(model: torch.nn.Module) -> int:
     "Count the weights that every token is multiplied with: all but the embedding tables, and the pooler, which sentence embeddings don't read."
     return sum(p.numel() for n, p in model.named_parameters() if "embeddings" not in n and "pooler" not in n)
 
-# %% ../nbs/25_benchmarking.ipynb #fd0bd372
+# %% ../nbs/25_benchmarking.ipynb #92529d27
 class BenchConfig(BaseModel):
     "Hold the settings of a benchmark."
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -107,7 +107,7 @@ def contenders(cfg: BenchConfig, on: Machine, rows: Dataset) -> dict:
     texts = [*first["anchor"], *first["positive"]]
     model = load_model(cfg.base, cfg.train_tokens, on)
     seconds = time_kernels(model, texts, on)
-    chosen = choose_attention(model, texts, on, make_config())
+    chosen = choose_attention(model, texts, on)
     kernel = min(("eager", "sdpa"), key=seconds.get)
     out = {"sentence-transformers, defaults": lambda **kw: run_library(rows, cfg, on, **kw)}
     if on.bf16: out["sentence-transformers, bf16=True"] = lambda **kw: run_library(rows, cfg, on, bf16=True, **kw)

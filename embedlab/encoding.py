@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMIT', 'autocast', 'unit', 'model_key', 'EmbeddingCache', 'encode', 'Bar']
 
-# %% ../nbs/09_encoding.ipynb #06acc38e
+# %% ../nbs/09_encoding.ipynb #deb98a50
 import contextlib, hashlib, json, sqlite3, sys, time, zlib
 from pathlib import Path
 from typing import Callable
@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from .config import InputError, cache_folder
 from .models import Machine, machine, weights_hash
-from .packing import attention, packs
+from .packing import attention, encoding_attention
 
 # %% ../nbs/09_encoding.ipynb #fed16095
 def autocast(on: Machine):
@@ -90,7 +90,7 @@ class EmbeddingCache:
                 db.execute("DELETE FROM embeddings WHERE rowid IN (SELECT rowid FROM embeddings ORDER BY rowid LIMIT ?)", (drop,))
         self._try(use)
 
-# %% ../nbs/09_encoding.ipynb #3b9af130
+# %% ../nbs/09_encoding.ipynb #26980a90
 def encode(model: SentenceTransformer,
            texts: list[str],
            kind: str = "document",       # query or document: which prompt goes in front; text for none
@@ -112,7 +112,7 @@ def encode(model: SentenceTransformer,
         if n in have: out[i] = have[n]
     order = sorted((i for i in range(len(unique)) if not (cache and names[i] in have)), key=lambda i: -len(unique[i]))
     done = len(unique) - len(order)
-    with torch.inference_mode(), autocast(on), attention(model, "packed" if on.device == "cpu" and packs(model) else "sdpa"):
+    with torch.inference_mode(), autocast(on), attention(model, encoding_attention(model, on)):
         for start in range(0, len(order), part := batch * 16):
             if progress: progress(len(texts) * (done + start) // len(unique), len(texts))
             rows = order[start:start + part]

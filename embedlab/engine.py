@@ -23,7 +23,7 @@ from .config import InputError, RunConfig
 from .packing import features_of, tokenised
 from .watching import diverged
 
-# %% ../nbs/17_engine.ipynb #b2b37175
+# %% ../nbs/17_engine.ipynb #40bed5f0
 class Pairs(Rows):
     "Hold the tokenised rows of several training sets, counted one set after another."
     def __init__(self, model: SentenceTransformer,
@@ -61,7 +61,9 @@ class Pairs(Rows):
         return {"features": features, "label": torch.from_numpy(self.labels[s][at]), "rows": list(map(int, rows))}
 
 class Loader(DataLoader):
-    "Hand the epoch on to the plan of batches."
+    "Read the batches of a plan, and hand the epoch on to it."
+    def __init__(self, data: Pairs, plan: Batches): # or a `Share` of it
+        super().__init__(data, batch_sampler=plan, collate_fn=data.collate, generator=torch.Generator())   # its own, so that reading draws no random number of the model's
     def set_epoch(self, epoch: int): self.batch_sampler.set_epoch(epoch)
 
 class Share:
@@ -92,7 +94,7 @@ class Average:
     def swap(self):
         for n, p in self.weights.items(): other = p.clone(); p.copy_(self.kept[n]); self.kept[n].copy_(other)
 
-# %% ../nbs/17_engine.ipynb #632891a8
+# %% ../nbs/17_engine.ipynb #a5e74bd9
 def out_of_memory(e: BaseException) -> bool:
     "Tell whether an error means that memory ran out; on a processor PyTorch has no class of its own for it."
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e) or "not enough memory" in str(e)
@@ -101,7 +103,7 @@ class Engine(SentenceTransformerTrainer):
     "Run sentence-transformers' trainer on our batches, with our checkpoints, watching every step."
     def __init__(self, *args, data: Pairs, batches: Batches, cfg: RunConfig, fingerprint: str, about: dict, **kw):
         self.data, self.batches, self.cfg, self.fingerprint, self.about = data, batches, cfg, fingerprint, about
-        self.since, self.checked, self.tokens = [], [], 0   # batches of this optimiser step; what is still to be looked at; trained on
+        self.begun, self.since, self.checked, self.tokens = None, [], [], 0   # this optimiser step and its batches; what is still to be looked at; trained on
         super().__init__(*args, train_dataset=data, **kw)
         self.average, self.mine_again = Average(self.model, cfg.ema) if cfg.ema else None, None
 
@@ -114,15 +116,14 @@ class Engine(SentenceTransformerTrainer):
 
     def get_train_dataloader(self) -> Loader:
         a = self.args
-        plan = Share(self.batches, a.process_index, a.world_size) if a.world_size > 1 else self.batches
-        return Loader(self.data, batch_sampler=plan, collate_fn=self.data.collate, generator=torch.Generator())   # its own, so that reading draws no random number of the model's
+        return Loader(self.data, Share(self.batches, a.process_index, a.world_size) if a.world_size > 1 else self.batches)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
         if model is self.model_wrapped and self.loss.model is not model: self.loss = self.override_model_in_loss(self.loss, model)
         return self.loss([dict(f) for f in inputs["features"]], inputs["label"])   # copies: the model writes into them, and a step may be tried twice
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        if len(self.since) >= self.current_gradient_accumulation_steps: self.since = []   # a new optimiser step
+        if self.begun != self.state.global_step: self.begun, self.since = self.state.global_step, []   # a new optimiser step
         self.since.append((inputs, torch.get_rng_state()))
         try: loss = super().training_step(model, inputs, num_items_in_batch)
         except (RuntimeError, MemoryError) as e:

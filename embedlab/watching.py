@@ -167,16 +167,16 @@ class LiveCurve:
         "Take the picture away: a finished log is drawn once, with all there is to see."
         if self.shown: self.shown.update(HTML(""))
 
-# %% ../nbs/16_watching.ipynb #b7f62c75
+# %% ../nbs/16_watching.ipynb #e49d0bc6
 SERIES = {"loss": "loss", "learning_rate": "rate", "grad_norm": "norm", "eval_dev": "dev", "eval_loss": "dev_loss"}   # the trainer's names and ours
 
 class Watch(TrainerCallback):
     "Keep a `FitLog`, and show it while it grows: a bar with pairs a second, a line each tenth of the run, warnings, and in a notebook a live curve."
     def __init__(self, log: FitLog): # `steps`, `batch` and `chance` are set
-        self.log, self.read, self.last, self.ran, self.said, self.new, self.curve, self.front = log, 0, 0, 0, 0, [], LiveCurve(), True
+        self.log, self.read, self.last, self.ran, self.said, self.new, self.curve, self.front, self.first = log, 0, 0, 0, 0, [], LiveCurve(), True, 0
     def on_train_begin(self, args, state, control, **kw):
-        self.tenth, self.bar = max(1, state.max_steps // 10), Bar("training steps", state.global_step)
-        self.said, self.front = state.global_step // self.tenth, state.is_world_process_zero
+        self.t, self.tenth, self.bar = time.perf_counter(), max(1, state.max_steps // 10), Bar("training steps", state.global_step)
+        self.first, self.said, self.front = state.global_step, state.global_step // self.tenth, state.is_world_process_zero
         if self.front: self.bar(state.global_step, state.max_steps)
     def on_epoch_begin(self, *a, **kw): self.t = time.perf_counter()
     on_save = on_epoch_begin   # what lies between a step and this is no training
@@ -195,7 +195,7 @@ class Watch(TrainerCallback):
     def take(self, h: dict): # an entry of the trainer's log
         "Copy one entry and give the warnings it calls for."
         for name in SERIES.keys() & h.keys(): getattr(self.log, SERIES[name]).append((h["step"], h[name]))
-        if "loss" in h: self.new.append(h["loss"])
+        if "loss" in h and h["step"] > self.first: self.new.append(h["loss"])   # of this process
         for text in warn(self.log, self.last):
             self.log.warnings.append((h["step"], text))
             if self.front: print(f"step {h['step']} · warning · {text}", flush=True)

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, write_beir
 from datasets import Dataset
 
-from embedlab.collections import GROUPS, clean_parts, evaluation_suites, find_overlap, training_data
+from embedlab.collections import GROUPS, clean_parts, evaluation_suites, find_overlap, training_sets
 from embedlab.config import EvaluateConfig, InputError, make_config
 from embedlab.data import check
 from embedlab.encoding import EmbeddingCache, encode
@@ -140,8 +140,8 @@ def test_dev_is_ranked_as_the_test_is(tiny_model, toy, tmp_path, monkeypatch):
     seen, plain = [], t.evaluate
     monkeypatch.setattr(t, "evaluate", lambda *a, similarity="cosine", **kw: (seen.append(similarity), plain(*a, similarity=similarity, **kw))[1])
     cfg = make_config(batch_size=16, max_steps=2, similarity="euclidean", precision="fp32")
-    rows, known, dev = training_data(str(toy))
-    t.fit(load_model(str(tiny_model)), rows, cfg, tmp_path / "fit", dev, "x", known)
+    one, = training_sets([str(toy)])
+    t.fit(load_model(str(tiny_model)), [one], cfg, tmp_path / "fit", [one.dev], "x")
     assert len(seen) >= 2 and {*seen} == {"euclidean"}
 
 

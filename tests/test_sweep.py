@@ -107,7 +107,7 @@ def test_two_at_a_time_and_one_that_fails(papermill, fixed):
     c, = read_outputs(ran.path, COMPARISON)
     assert c["groups"] == {"pair-batch_size16-s0": ["pair-batch_size16-s0"]}
     (name, why), = c["failed"].items()
-    assert name == "pair-batch_size200-s0" and why.startswith("InputError: 80 training pairs don't fill one batch of 200")
+    assert name == "pair-batch_size200-s0" and why.startswith("InputError: ") and "80 rows don't fill one batch of 200" in why
     assert read_record(papermill.home / "pair-batch_size200-s0.ipynb").status == "failed"
     text = ran.path.read_text()
     assert "2 at a time" in text and re.search(r"1/2 pair-\S+ (completed|failed: .*) after \d+ s · about 0:\d\d:\d\d left", text)

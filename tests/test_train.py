@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from conftest import ROOT
+from embedlab.config import InputError, make_config
+from embedlab.running import Run
 
 
 def test_a_whole_run(papermill, small, tmp_path):
@@ -68,11 +69,26 @@ def test_a_whole_run(papermill, small, tmp_path):
     assert other.record().status == "failed"
 
 
-def test_no_name_gives_a_fingerprint(papermill, small):
-    ran = papermill("unnamed", max_steps=2, **small)
-    assert ran.code == 0, ran.text
-    r = ran.record()
-    assert r.run == r.fingerprint and (papermill.home / r.fingerprint / "model" / "model.safetensors").exists()
+def opened(tmp_path, monkeypatch, sha: str, **settings) -> Run:
+    monkeypatch.setenv("EMBEDLAB_RUNS", str(tmp_path)); monkeypatch.setenv("EMBEDLAB_MIN_FREE", "1")
+    r = Run(make_config(**settings))
+    try: r.open([{"name": "toy", "sha256": sha}], "base")
+    finally: r.close()
+    return r
+
+
+def test_no_name_gives_a_fingerprint(tmp_path, monkeypatch):
+    r = opened(tmp_path, monkeypatch, "a")
+    assert r.record.run == r.record.fingerprint == r.folder.name and (tmp_path / r.record.fingerprint).is_dir()
+    assert opened(tmp_path, monkeypatch, "a", keep="every", report_to="wandb", resume_from="checkpoint-3").folder == r.folder, "what is kept and reported changes no weight"
+    assert opened(tmp_path, monkeypatch, "b").folder != r.folder
+
+
+def test_changed_data_under_the_same_name(tmp_path, monkeypatch):
+    opened(tmp_path, monkeypatch, "a", run="one")
+    opened(tmp_path, monkeypatch, "a", run="one")
+    with pytest.raises(InputError, match="holds a run with other settings, data or base model; give another name with run, or fresh=True"): opened(tmp_path, monkeypatch, "b", run="one")
+    opened(tmp_path, monkeypatch, "b", run="one", fresh=True)
 
 
 def test_dev_split_and_several_sets(papermill, small, toy, tmp_path):
@@ -116,14 +132,6 @@ def test_killed_and_continued(papermill, small):
     assert b.after == a.after and b.scores == a.scores and b.engine == a.engine
     sha = lambda run: hashlib.sha256((papermill.home / run / "model" / "model.safetensors").read_bytes()).hexdigest()
     assert sha("cut") == sha("whole") and not kept.exists()
-
-
-def test_changed_data_under_the_same_name(papermill, small, toy):
-    assert papermill("one", run="one", max_steps=2, **small).code == 0
-    lines = (toy / "queries.jsonl").read_text().splitlines()
-    (toy / "queries.jsonl").write_text("\n".join([json.dumps({"_id": "q0", "text": "other words"}), *lines[1:]]) + "\n")
-    other = papermill("two", run="one", max_steps=2, **small)
-    assert other.code != 0 and "holds a run with other settings, data or base model" in other.errors()[0].evalue
 
 
 def test_several_training_sets_and_the_record_of_the_engine(papermill, small, toy, tmp_path):
