@@ -53,7 +53,7 @@ def written_aside(folder: Path) -> Iterator[Path]: # a folder of another name to
     except OSError as e: raise InputError(f"{folder} could not be written ({e.strerror or e}); free some space or make it writable, then run the same command again") from None
     finally: shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/15_checkpoints.ipynb #78e5c8fc
+# %% ../nbs/15_checkpoints.ipynb #0399cdb0
 def step_of(folder: Path) -> int:
     "Read a checkpoint's step out of its name."
     return int(Path(folder).name.split("-")[1])
@@ -78,7 +78,7 @@ def about(folder: Path) -> dict:
 
 def last_checkpoint(folder: Path, fingerprint: str) -> Path | None:
     "Find the newest whole checkpoint of this run; others are passed over with a line."
-    for part in Path(folder).glob("*.part"): shutil.rmtree(part, ignore_errors=True); print(f"{part.name} was not finished; removed")
+    for part in Path(folder).glob("checkpoint-*.part"): shutil.rmtree(part, ignore_errors=True); print(f"{part.name} was not finished; removed")
     for p in checkpoints(folder):
         why = fault_of(p, fingerprint)
         if why is None: return p

@@ -71,7 +71,7 @@ class _Dev(SentenceEvaluator):
         losses = [dev_loss(s, d, self.cfg.batch_size, self.cfg.temperature) for s, d in zip(scores, self.sets)]
         return {"dev": float(np.mean([s.mean(NDCG) for s in scores])), "loss": float(np.mean(losses))}
 
-# %% ../nbs/18_trainer.ipynb #6bf865a7
+# %% ../nbs/18_trainer.ipynb #98d6ed8e
 class Interrupted(InputError):
     "The run was told to stop, and can be continued."
 
@@ -88,6 +88,9 @@ def stoppable():
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
+def _why(state: TrainerState, cfg: RunConfig) -> str:
+    return f"dev was not better in {cfg.patience} checks than at step {best_check(state.log_history)[0]}"
+
 class _Control(TrainerCallback):
     "After each step: average, check, save, stop."
     def __init__(self, engine, every, wish, log): self.engine, self.every, self.wish, self.log = engine, every, wish, log
@@ -102,14 +105,13 @@ class _Control(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kw): self.engine.refresh(int(state.epoch or 0))
     def on_evaluate(self, args, state, control, **kw):
         if used_up(state.log_history, self.engine.cfg.patience):
-            control.should_training_stop, step = True, best_check(state.log_history)[0]
-            self.log.stopped = f"dev was not better in {self.engine.cfg.patience} checks than at step {step}"
+            control.should_training_stop, self.log.stopped = True, _why(state, self.engine.cfg)
 
-# %% ../nbs/18_trainer.ipynb #7eeef17c
+# %% ../nbs/18_trainer.ipynb #98e9f059
 def live(e: Engine) -> dict:
     "Describe a run by the objects that ran it."
     opt, loss, body = getattr(e.optimizer, "optimizer", e.optimizer), e.loss, e.model[0]
-    p = sorted({m.p for m in e.model.modules() if isinstance(m, torch.nn.Dropout) and not isinstance(m, torch.nn.Identity)})
+    p = sorted({m.p for m in e.model.modules() if isinstance(m, torch.nn.Dropout)})
     return {"optimizer": type(opt).__name__, "fused": bool(opt.defaults.get("fused")),
             "groups": [{"name": g.get("name"), "peak_lr": g.get("initial_lr", g["lr"]), "weight_decay": g["weight_decay"], "numbers": sum(x.numel() for x in g["params"])} for g in opt.param_groups],
             "schedule": e.args.lr_scheduler_type.value, "warmup_steps": e.args.warmup_steps, "steps": e.state.max_steps, "ran": e.state.global_step,
@@ -122,7 +124,7 @@ def live(e: Engine) -> dict:
             "threads": torch.get_num_threads(), "seed": e.args.seed, "device": e.args.device.type,
             "trainable": sum(x.numel() for x in e.model.parameters() if x.requires_grad)}
 
-# %% ../nbs/18_trainer.ipynb #c983c7ee
+# %% ../nbs/18_trainer.ipynb #de3c061d
 def _mined(sets, model, cfg, on, folder, fingerprint, epoch: int) -> list[tuple]:
     "Give every set its mined negatives; those of an epoch are kept, so that a resumed run trains on the same."
     if not cfg.negatives: return [(s.rows, s.known, 0) for s in sets]
@@ -135,7 +137,7 @@ def _mined(sets, model, cfg, on, folder, fingerprint, epoch: int) -> list[tuple]
         out.append((Dataset.from_parquet(str(path), keep_in_memory=True), s.known, cfg.negatives))
     return out
 
-def _arguments(model, folder, cfg, on, steps) -> SentenceTransformerTrainingArguments:
+def _arguments(folder, cfg, on, steps) -> SentenceTransformerTrainingArguments:
     return SentenceTransformerTrainingArguments(
         output_dir=str(folder), seed=cfg.seed, max_steps=steps, per_device_train_batch_size=cfg.batch_size // cfg.processes,
         gradient_accumulation_steps=cfg.accumulate, learning_rate=cfg.lr, warmup_steps=warmup_steps(steps, cfg),
@@ -158,7 +160,7 @@ def fit(model: SentenceTransformer,  # the base; what `tune` and `head` ask for 
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.processes > 1 and "RANK" not in os.environ: return _spread(model, sets, cfg, folder, dev, fingerprint, on)
     resume = named_checkpoint(cfg.resume_from, folder, fingerprint) if cfg.resume_from else last_checkpoint(folder, fingerprint)
-    limit, base = model.max_seq_length, model
+    limit = model.max_seq_length
     model.max_seq_length = min(cfg.train_tokens or limit, limit)
     try:
         rows = _mined(sets, model, cfg, on, folder, fingerprint, 0)
@@ -182,7 +184,7 @@ def _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, re
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         set_seed(cfg.seed)
-        engine = Engine(model=model, args=_arguments(model, folder, cfg, on, steps), loss=loss, evaluator=tester, optimizers=(optimizer, None),
+        engine = Engine(model=model, args=_arguments(folder, cfg, on, steps), loss=loss, evaluator=tester, optimizers=(optimizer, None),
                         data=data, batches=batches, cfg=cfg, fingerprint=fingerprint, about={"kernel": kernel}, callbacks=[Watch(log)])
         engine.add_callback(_Control(engine, max(1, math.ceil(steps / cfg.checks)), wish, log))
         if cfg.remine: engine.mine_again = lambda epoch: Pairs(model, _mined(sets, model, cfg, on, folder, fingerprint, epoch))
@@ -205,7 +207,7 @@ def _train(engine: Engine, resume: Path | None, log: FitLog):
         engine.state = state
         watch = next(c for c in engine.callback_handler.callbacks if isinstance(c, Watch))
         for h in state.log_history: watch.take(h)
-        if state.global_step < state.max_steps: log.stopped = f"dev was not better in {engine.cfg.patience} checks than at step {best_check(state.log_history)[0]}"
+        if state.global_step < state.max_steps: log.stopped = _why(state, engine.cfg)
         return
     engine.train(resume_from_checkpoint=str(resume) if resume else None)
 
@@ -233,7 +235,7 @@ def _worker(rank, tmp, port, sets, cfg, folder, dev, fingerprint, on, limit):
         save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, f"{tmp}/end.safetensors")
         Path(tmp, "log.json").write_text(json.dumps(asdict(log)))
 
-# %% ../nbs/18_trainer.ipynb #0df5bb12
+# %% ../nbs/18_trainer.ipynb #8eaee015
 def fit_once(model: SentenceTransformer, # the base; not to be used afterwards
              sets: list, cfg: RunConfig,
              folder: Path,            # of the run: model/, checkpoints/ and fit.json go here
@@ -248,6 +250,7 @@ def fit_once(model: SentenceTransformer, # the base; not to be used afterwards
         base = {k: v.clone() for k, v in model.state_dict().items()} if cfg.interpolate else None
         log = fit(model, sets, cfg, folder / "checkpoints", dev, fingerprint, on)
         save_model(model, saved, cfg.interpolate, base)
-        (folder / "fit.json").write_text(json.dumps(asdict(log)))
+        part = folder / "fit.json.part"
+        part.write_text(json.dumps(asdict(log))); part.replace(folder / "fit.json")   # whole or not there: it says that the run is finished
         if "every" not in cfg.keep: shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return load_model(str(saved), model.max_seq_length, on), log
