@@ -109,7 +109,7 @@ def _retrieval(data: Retrieval, enc, similarity: str) -> Scores:
     values = ranking_metrics(gains_of(data, found), judged_of(data))
     return Scores(data.name, values, None, list(data.queries), [[names[j] for j in r[:10] if j >= 0] for r in found], q, d)
 
-# %% ../nbs/11_evaluation.ipynb #89eca9ef
+# %% ../nbs/11_evaluation.ipynb #983e1a1f
 def _pairs(data: Pairs, enc, similarity: str) -> Scores:
     both = enc(data.a + data.b, "text", False)
     a, b = both[:len(data)].astype(float), both[len(data):].astype(float)
@@ -167,7 +167,7 @@ def _measured(model, suite, on, kept, similarity, bar) -> Scores:
     def enc(texts, kind, length_one):
         nonlocal done, distinct, seconds
         begun, base, different = time.perf_counter(), done, len({*texts})
-        x = encode(model, texts, kind, on, 32, bar and (lambda n, _: bar(base + n, total)), length_one, kept)
+        x = encode(model, texts, kind, on, None, bar and (lambda n, _: bar(base + n, total)), length_one, kept)
         done, distinct, seconds = done + len(texts), distinct + different, seconds + time.perf_counter() - begun
         if different > 1 and np.ptp(x, axis=0).max() < 1e-6:
             raise InputError(f"{suite.name}: all {len(x)} {kind} embeddings are equal; the model has collapsed")
