@@ -110,7 +110,7 @@ def killed_and_continued(tmp_path, model, data, settings, times: int, seed: int 
     return lines
 
 
-@pytest.mark.parametrize("name, times", zip(VARIANTS, (3, 3, 1, 1)))
+@pytest.mark.parametrize("name, times", [*zip(VARIANTS, (3, 3, 1, 1))])
 def test_killed(name, times, tmp_path, tiny_model, two):
     lines = killed_and_continued(tmp_path, tiny_model, two if "sets" in name else two[:1], VARIANTS[name], times, seed=len(name))
     assert all("equal" in x for x in lines), "\n".join(lines)
