@@ -6,8 +6,8 @@
 __all__ = ['peak', 'matrix_numbers', 'BenchConfig', 'run_library', 'run_ours', 'library_kernel', 'contenders', 'take_turns',
            'speeds', 'peak_memory', 'qualities', 'growth', 'encodings']
 
-# %% ../nbs/25_benchmarking.ipynb #55180926
-import multiprocessing, tempfile, time
+# %% ../nbs/25_benchmarking.ipynb #809d50a7
+import contextlib, multiprocessing, os, tempfile, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,10 +145,11 @@ def speeds(cfg: BenchConfig, on: Machine, rows: Dataset, kernel: str) -> pd.Data
     return pd.DataFrame([{"way": n, "pairs/s": len(rows) / np.median(t), "tokens/s": tokens / np.median(t), "share of peak": 6 * weights * tokens / np.median(t) / best,
                           "ours against it": float(np.median(np.array(t) / ours)), "rounds": " ".join(f"{x:.1f}" for x in np.array(t) / ours)} for n, t in seconds.items()]).assign(peak=best / 1e12)
 
-# %% ../nbs/25_benchmarking.ipynb #e673b125
+# %% ../nbs/25_benchmarking.ipynb #90da4ec7
 def _alone(name, cfg, on, rows, kernel):
     torch.set_num_threads(on.threads)
-    contenders(cfg, on, rows, kernel)[name](steps=max(2, cfg.steps // 2))
+    with open(os.devnull, "w") as away, contextlib.redirect_stdout(away), contextlib.redirect_stderr(away):   # its bars; an error shows after them
+        contenders(cfg, on, rows, kernel)[name](steps=max(2, cfg.steps // 2))
 
 def peak_memory(cfg: BenchConfig, on: Machine, rows: Dataset, kernel: str) -> dict[str, int]: # bytes by contender
     "Measure the peak resident memory of each contender."
@@ -166,7 +167,7 @@ def peak_memory(cfg: BenchConfig, on: Machine, rows: Dataset, kernel: str) -> di
         out[name] = top
     return out
 
-# %% ../nbs/25_benchmarking.ipynb #c85cd645
+# %% ../nbs/25_benchmarking.ipynb #c280d85b
 def qualities(cfg: BenchConfig, on: Machine, rows: Dataset, dev: Retrieval, kernel: str) -> tuple[pd.DataFrame, dict[str, float]]: # nDCG@10 by way and seed, with ours against each; and seconds of each epoch
     "Train an epoch in each way, with each seed, and compare on dev."
     ways, scores = contenders(cfg, on, rows, kernel), {}
@@ -181,7 +182,7 @@ def qualities(cfg: BenchConfig, on: Machine, rows: Dataset, dev: Retrieval, kern
         values = lambda runs: np.array([s.values[NDCG] for s in runs])
         d = over_seeds(values(theirs), values(mine), f"{dev.name}/{NDCG}") if theirs is not mine else None
         table.append({"way": name} | {f"seed {i}": s.mean(NDCG) for i, s in enumerate(theirs)} | {"mean": float(np.mean([s.mean(NDCG) for s in theirs])),
-                      "ours minus it": d.mean if d else None, "95 % interval": f"{d.ci95[0]:+.3f} to {d.ci95[1]:+.3f}" if d else "", "verdict on ours": d.verdict if d else ""})
+                      "ours minus it": f"{d.mean:+.4f}" if d else "", "95 % interval": f"{d.ci95[0]:+.3f} to {d.ci95[1]:+.3f}" if d else "", "verdict on ours": d.verdict if d else ""})
     return pd.DataFrame(table)
 
 # %% ../nbs/25_benchmarking.ipynb #af979ba9
