@@ -77,11 +77,10 @@ def two(toy, tmp_path) -> list[Path]:
 def writing(folder: Path) -> bool: return any(folder.glob("*.part"))
 
 
-def kill_somewhere(p, folder: Path, seconds: float, inside: bool, rng) -> str:
-    "Send signal 9 at a random moment, or inside a checkpoint's writing; say what stood on disk."
+def kill_somewhere(p, folder: Path, after: int, seconds: float, inside: bool, rng) -> str:
+    "Send signal 9 once the checkpoint of step `after` is sealed: within so many seconds, or inside the next one's writing; say what stood on disk."
+    while p.is_alive() and max(map(step_of, checkpoints(folder)), default=0) < after: time.sleep(0.0005)
     if inside:
-        nth = rng.randrange(1, 4)   # the first, second or third checkpoint
-        while p.is_alive() and len(checkpoints(folder)) + sum(1 for _ in folder.glob("*.part")) < min(nth, 2): time.sleep(0.0005)
         while p.is_alive() and not writing(folder): time.sleep(0.0002)
         time.sleep(rng.random() * 0.01)
     else: p.join(rng.random() * seconds)
@@ -95,13 +94,14 @@ def killed_and_continued(tmp_path, model, data, settings, times: int, seed: int 
     rng, lines = random.Random(seed), []
     tmp_path.mkdir(exist_ok=True)
     warm = SERVER.Process(target=len, args=("",)); warm.start(); warm.join()   # the server's imports are no part of a run
-    began = time.perf_counter()
+    began = time.time()
     whole = run(tmp_path / "whole", model, data, settings)
-    seconds = time.perf_counter() - began
+    sealed = sorted((step_of(c), (c / SEAL).stat().st_mtime) for c in checkpoints(tmp_path / "whole"))   # the newest two at least
+    every, gap = sealed[-1][0] - sealed[-2][0], sealed[-1][1] - sealed[-2][1]
     for i in range(times):
-        folder = tmp_path / f"cut{i}"
+        folder, after = tmp_path / f"cut{i}", every * rng.randrange(len(whole["loss"]) // every)
         p = start(folder, model, data, settings)
-        said = kill_somewhere(p, folder, seconds, inside=i % 3 == 2, rng=rng)
+        said = kill_somewhere(p, folder, after, gap if after else sealed[0][1] - began, inside=i % 3 == 2, rng=rng)
         done = folder.with_suffix(".json").exists()
         again = run(folder, model, data, settings)
         differ = [k for k in SAME if again[k] != whole[k]]
@@ -124,6 +124,7 @@ def test_killed_twenty_times(tmp_path, tiny_model, two):
         lines = killed_and_continued(tmp_path / str(len(out)), tiny_model, two if "sets" in name else two[:1], settings, 20, seed=7)
         out += [name, *lines, f"{sum('equal' in x for x in lines)} of {len(lines)}", ""]
         assert sum("while writing" in x for x in lines) >= 2, "no kill fell into a checkpoint's writing"
+        assert len({x.split("continued from")[1].split(";")[0] for x in lines}) >= 3, "all were killed in one place"
     (ROOT / "tests" / "killed.log").write_text("\n".join(out))
     assert not any("DIFFERS" in x for x in out), "\n".join(out)
 
