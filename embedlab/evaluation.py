@@ -167,7 +167,7 @@ def _measured(model, suite, on, kept, similarity, bar) -> Scores:
     def enc(texts, kind, length_one):
         nonlocal done, distinct, seconds
         begun, base, different = time.perf_counter(), done, len({*texts})
-        x = encode(model, texts, kind, on, None, bar and (lambda n, _: bar(base + n, total)), length_one, kept)
+        x = encode(model, texts, kind, on, progress=bar and (lambda n, _: bar(base + n, total)), length_one=length_one, cache=kept)
         done, distinct, seconds = done + len(texts), distinct + different, seconds + time.perf_counter() - begun
         if different > 1 and np.ptp(x, axis=0).max() < 1e-6:
             raise InputError(f"{suite.name}: all {len(x)} {kind} embeddings are equal; the model has collapsed")
