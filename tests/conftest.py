@@ -95,3 +95,8 @@ def small(tiny_model, toy) -> dict:
 
 def measures_speed(page: Path) -> bool: # an executed bench.ipynb, which compares no models and so keeps no record
     return "BenchConfig" in page.read_text()
+
+
+def keeps_record(page: Path) -> bool: # the executed notebook of a run, neither of a comparison nor of a measurement of speed
+    from embedlab.comparison import is_comparison
+    return not (is_comparison(page) or measures_speed(page))

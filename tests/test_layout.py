@@ -9,7 +9,7 @@ import sys
 import nbformat
 import pytest
 
-from conftest import ROOT, measures_speed
+from conftest import ROOT, keeps_record
 from embedlab.benchmarking import BenchConfig
 from embedlab.comparison import CompareConfig
 from embedlab.config import EvaluateConfig, RunConfig, make_config
@@ -113,8 +113,7 @@ def test_imports_stand_alone(path):
 def test_every_run_has_a_record():
     "A comparison is told apart by an output of its own, and has no record."
     import embedlab
-    from embedlab.comparison import is_comparison
-    assert {r.path for r in embedlab.runs(ROOT / "runs")} == {str(p) for p in RUNS if not is_comparison(p) and not measures_speed(p)}
+    assert {r.path for r in embedlab.runs(ROOT / "runs")} == {str(p) for p in RUNS if keeps_record(p)}
 
 
 def test_readme_shows_the_demos_figures():

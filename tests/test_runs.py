@@ -1,8 +1,7 @@
 "What the committed runs have to show."
 import pytest
 
-from conftest import ROOT
-from embedlab.comparison import is_comparison
+from conftest import ROOT, keeps_record
 from embedlab.records import read_record
 from embedlab.significance import compare
 
@@ -28,7 +27,7 @@ def test_scifact():
     assert r.data[2]["part"].startswith("queries of scifact/test whose text is not repeated") and r.delta["scifact-clean/ndcg@10"]["n"] == r.data[2]["rows"] == 104
 
 
-@pytest.mark.parametrize("path", sorted(p for p in ROOT.glob("runs/*.ipynb") if not is_comparison(p)), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(p for p in ROOT.glob("runs/*.ipynb") if keeps_record(p)), ids=lambda p: p.stem)
 def test_verdicts_follow_from_the_scores(path):
     "Recomputed from the packed scores of single queries, the record's figures come out again."
     r = read_record(path)
