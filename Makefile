@@ -10,10 +10,11 @@ demo: setup  ## train the bundled model on your own documentation and show wheth
 	@$(BIN)/python -c "import embedlab.records as r; print(r.as_text(r.read_record('runs/demo.ipynb')))"
 	@echo "the whole run, with its plots: runs/demo.ipynb"
 
-# one thread a process: two processes with two threads each are ten times slower on two cores than one after the other
+# one thread a process: two processes with two threads each are ten times slower on two cores than one after the other;
+# three tests at a time, because one that runs a notebook waits for a process to start for half of its time
 test: setup  ## what CI runs: notebooks clean, package in step with them, chapters, tests
 	$(RUN) OMP_NUM_THREADS=1 nbdev_test --n_workers 2
-	$(RUN) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist worksteal -m "not slow"
 
 test-slow: setup  ## the tests and chapter cells that take minutes
 	$(RUN) nbdev_test --n_workers 1 --flags slow

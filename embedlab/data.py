@@ -252,25 +252,41 @@ def _labelled(cols: dict, name: str, split: str, train: Dataset | None) -> Label
         raise InputError(f"{name}/{split}: label '{min(new)}' does not occur in train; a classifier can't know it")
     return Labelled(name, split, cols["text"], cols["label"], seen)
 
-# %% ../nbs/03_data.ipynb #bdaa49a7
+# %% ../nbs/03_data.ipynb #817b8e8e
 def negative_columns(rows: Dataset) -> list[str]: # negative, negative_1, negative_2 …, as they stand
     "Name the columns that hold negatives."
     return [c for c in rows.column_names if re.fullmatch(r"negative(_\d+)?", c)]
 
+def _contradicted(data: Dataset # anchor, positive, relation
+                 ) -> list[tuple]: # anchor, what follows from it, what contradicts it
+    "Put the contradictions of a sentence beside what follows from it, in turn; sentences without one are left out."
+    against, at = {}, {}
+    for r in data:
+        if MEANING.get(r["relation"]) == 0: against.setdefault(r["anchor"], []).append(r["positive"])
+    out = []
+    for r in data:
+        if MEANING.get(r["relation"]) and (some := against.get(r["anchor"])):
+            n = at[r["anchor"]] = at.get(r["anchor"], -1) + 1
+            out.append((r["anchor"], r["positive"], some[n % len(some)]))
+    return out
+
 def training_pairs(data: Retrieval | Dataset, # a retrieval set or a table of pairs
-                   scored: bool = False       # take scored pairs too, whatever their score: to look for overlap, not to train
-                  ) -> Dataset:              # anchor, positive, the negatives that the table has, and label = [query number, document number]
+                   whole: bool = False,       # every pair, also those that are no positives: to look for overlap
+                   contradictions: bool = False, # where pairs have a relation, take contradictions as negatives
+                   positive_from: float | None = None # scored pairs with this score or more are positives; None: all are to be ordered
+                  ) -> Dataset:              # anchor, positive, the negatives or the score that the table has, and label = [query number, document number]
     "List training rows, numbered so that equal anchors or positives are known to be equal."
-    names = ["anchor", "positive"] + ([] if isinstance(data, Retrieval) else negative_columns(data))
-    if isinstance(data, Retrieval):
-        rows = [(data.queries[q], data.documents[d]) for q in data.queries for d in data.relevant(q)]
-    elif "label" in data.column_names and "text" in data.column_names:
-        raise InputError("labelled texts measure a model; training with a contrastive loss needs pairs, triples or labelled pairs")
-    elif "score" in data.column_names and "relation" not in data.column_names and not scored:
-        raise InputError("scored pairs measure a model; training with a contrastive loss needs pairs, triples or labelled pairs")
-    else:
-        rows = [tuple(r[c] for c in names) for r in data
-                if scored or MEANING.get(r.get("relation", "same"))]
+    table = not isinstance(data, Retrieval)
+    if table and {"label", "text"} <= {*data.column_names}:
+        raise InputError("labelled texts measure a model; training needs pairs, triples, labelled or scored pairs")
+    has = {*data.column_names} if table else {}
+    scored = "score" in has and (whole or positive_from is None)
+    opposed = contradictions and not whole and "relation" in has and "score" not in has   # of SICK's two judgements the score says more
+    wanted = lambda r: r["score"] >= positive_from if "score" in has else MEANING.get(r.get("relation", "same"))
+    names = ["anchor", "positive"] + (["negative"] if opposed else negative_columns(data) if table else []) + ["score"] * scored
+    if not table: rows = [(data.queries[q], data.documents[d]) for q in data.queries for d in data.relevant(q)]
+    elif opposed: rows = _contradicted(data)
+    else: rows = [tuple(r[c] for c in names) for r in data if whole or scored or wanted(r)]
     if not rows: raise InputError("the training set holds no positive pair")
     q, d = {}, {}
     label = [[q.setdefault(a, len(q)), d.setdefault(p, len(d))] for a, p, *_ in rows]

@@ -52,8 +52,8 @@ def test_given_negatives_reach_the_loss(tiny_model, toy, tmp_path, monkeypatch):
     import embedlab.trainer as t
     table = [(i, {"query": f"word{i} here", "positive": f"answer {i} word{i}", "negative": f"nothing {i}"}) for i in range(32)]
     pairs, sizes = training_pairs(as_table(table, "toy")), []
-    plain = t.ContrastiveLoss.forward
-    monkeypatch.setattr(t.ContrastiveLoss, "forward", lambda self, features, labels=None: (sizes.append(len(list(features))), plain(self, features, labels))[1])
+    plain = t.TrainingLoss.forward
+    monkeypatch.setattr(t.TrainingLoss, "forward", lambda self, features, labels=None: (sizes.append(len(list(features))), plain(self, features, labels))[1])
     dev = as_retrieval(pairs, "toy", "dev")
     fit(load_model(str(tiny_model)), [TrainingSet("toy", pairs, pairs, dev, 32)], make_config(batch_size=16, max_steps=2, precision="fp32", checks=1), tmp_path / "c", [dev], "f")
     assert sizes == [3, 3], "anchor, positive and negative"
