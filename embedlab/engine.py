@@ -102,7 +102,7 @@ class Average:
     def swap(self):
         for n, p in self.weights.items(): other = p.clone(); p.copy_(self.kept[n]); self.kept[n].copy_(other)
 
-# %% ../nbs/21_engine.ipynb #c5ca7943
+# %% ../nbs/21_engine.ipynb #b5c9bb9e
 def out_of_memory(e: BaseException) -> bool:
     "Tell whether an error means that memory ran out; on a processor PyTorch has no class of its own for it."
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e) or "not enough memory" in str(e)
@@ -161,6 +161,8 @@ class Engine(SentenceTransformerTrainer):
         now = self.loss.micro_batch or self.cfg.batch_size // self.args.world_size
         if now == 1 or self.args.world_size > 1:
             raise InputError(f"out of memory at step {self.state.global_step + 1} with micro_batch {now}; lower micro_batch, train_tokens or processes, or give gradient_checkpointing")
+        if getattr(self.loss, "balance", 0):
+            raise InputError(f"out of memory at step {self.state.global_step + 1}, and the balance of experts needs the whole batch; lower batch_size or train_tokens, or give balance 0")
         return min(now, self.cfg.batch_size) // 2
 
     def _clip_grad_norm(self, model):

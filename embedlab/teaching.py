@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['cosent', 'distil', 'TrainingLoss']
 
-# %% ../nbs/12_teaching.ipynb #fe4e57cd
+# %% ../nbs/12_teaching.ipynb #7dbb2ec6
 import torch
 import torch.nn.functional as F
 from sentence_transformers.util.distributed import all_gather, all_gather_with_grad
 from torch import Tensor
 
+from .config import InputError
 from .experts import balance_loss, experts_of
 from .losses import ContrastiveLoss
 
@@ -34,7 +35,7 @@ def distil(e: Tensor,      # (texts, width) the student's embeddings
     if e.shape[1] == target.shape[1]: return 1 - (e * target).sum(1).mean()
     return F.mse_loss(e @ e.T, target @ target.T)
 
-# %% ../nbs/12_teaching.ipynb #eb01986f
+# %% ../nbs/12_teaching.ipynb #2075d1b1
 class TrainingLoss(ContrastiveLoss):
     "Contrast pairs, order scored pairs, follow a teacher: whatever the batch's set gives."
     def __init__(self, model, *args,
@@ -44,6 +45,7 @@ class TrainingLoss(ContrastiveLoss):
                 ):
         super().__init__(model, *args, **kw)
         self.teacher_weight, self.balance, self.target = teacher_weight, balance if experts_of(model) else 0.0, None
+        if self.balance and self.micro_batch: raise InputError("micro_batch: the balance of experts is that of a whole batch; leave micro_batch out, or give balance 0")
 
     def embed(self, features: list[dict]) -> list[Tensor]: # (batch, width) of each column
         "Embed the columns; with experts one by one, so that the use of each pass is seen."

@@ -35,3 +35,10 @@ def test_verdicts_follow_from_the_scores(path):
         got = compare(*r.both(key), metric=key, truth=r.truth(key)).record()
         if (d.get("p_holm") or 0) >= 0.05: got["verdict"] = "within noise"   # corrected for the number of sets
         assert (got["verdict"], got["n"]) == (d["verdict"], d["n"]) and got["mean"] == pytest.approx(d["mean"], abs=1e-6) and got["p"] == pytest.approx(d["p"], abs=0.02), "other random signs move p by less"
+
+
+def test_kills():
+    "The README counts the kills of the committed log, not the runs that had ended before theirs; all ended alike."
+    lines = [x for x in (ROOT / "tests/killed.log").read_text().splitlines() if "losses" in x]
+    assert all(x.endswith("equal") for x in lines)
+    assert f"[{sum('killed' in x for x in lines)} kills](tests/killed.log)" in (ROOT / "README.md").read_text()

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from test_engine import BASE, killed_and_continued
 
 from embedlab.collections import load, texts_of, training_sets
 from embedlab.config import InputError, make_config
+from embedlab.engine import Engine
 from embedlab.experts import experts_of
 from embedlab.models import load_model, new_model, weights_hash
+from embedlab.teaching import TrainingLoss
 from embedlab.trainer import fit
 
 SMALL = dict(base="scratch", width=32, layers=1, heads=2, vocabulary=300)
@@ -137,6 +140,10 @@ def test_bad_input(judged, tiny_model, tmp_path):
                            "micro_batch: the balance": {"experts": 4, "micro_batch": 4}, "texts: .*dropout": {"texts": "x"}}.items():
         with bad(says): make_config(**SMALL | settings)
     with bad("width: this is for a new encoder"): make_config(width=64)
+    experts = new_model(make_config(**SMALL | {"experts": 4}), TEXTS)
+    with bad("micro_batch: the balance of experts"): TrainingLoss(experts, balance=0.01, micro_batch=2)   # a base that has experts already
+    starved = SimpleNamespace(loss=TrainingLoss(experts, balance=0.01), cfg=make_config(), args=SimpleNamespace(world_size=1), state=SimpleNamespace(global_step=4))
+    with bad("out of memory at step 5, and the balance of experts needs the whole batch"): Engine._halved(starved)
     with bad("can't share the dense layer's width"): new_model(make_config(**SMALL | {"experts": 8, "experts_per_token": 3}), TEXTS)
     with bad("vocabulary: 110 entries can't hold"): new_model(make_config(**SMALL | {"vocabulary": 110}), [chr(0x4e00 + i) for i in range(200)])
     with bad("does not know .* of .* words: it was made from other text"): new_model(make_config(**SMALL | {"tokenizer": "minilm"}), ["여기는 어디 입니까"] * 5)
