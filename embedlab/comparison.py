@@ -80,7 +80,7 @@ def find_runs(names: list[str],               # names, notebooks or globs
             elif read_outputs(path) and not is_comparison(path): lines.append(f"{path.name} holds no record")   # no outputs: just begun
     return found, lines
 
-# %% ../nbs/25_comparison.ipynb #3550f0c4
+# %% ../nbs/25_comparison.ipynb #9d3d641b
 def settings(r: Record) -> dict:
     "List the settings that a method consists of."
     defaults = RunConfig().model_dump() if r.kind == "train" else {}   # a record may be older than a setting
@@ -111,7 +111,8 @@ def grouped(found: dict[str, Record]) -> list[Group]:
     "Join runs that differ in their seed alone; the same seed twice is no second draw."
     made = {}
     for name, r in found.items():
-        same, turn = json.dumps([settings(r), evaluated(r), r.model.get("sha256")], sort_keys=True), 0
+        base = r.model.get("sha256") if r.model.get("base") != "scratch" else None   # new weights follow the seed
+        same, turn = json.dumps([settings(r), evaluated(r), base], sort_keys=True), 0
         while r.seed in (seeds := made.setdefault((same, turn), {})): turn += 1
         seeds[r.seed] = name
     out = []

@@ -22,7 +22,7 @@ class InputError(ValueError):
 # %% ../nbs/00_config.ipynb #7e6f0f7f
 def cache_folder() -> Path: return Path(os.environ.get("EMBEDLAB_CACHE") or user_cache_dir("embedlab"))
 
-# %% ../nbs/00_config.ipynb #d2c5b6b1
+# %% ../nbs/00_config.ipynb #aaf0bd88
 def _names(v: str | list) -> list: return [n.strip() for n in v.split(",") if n.strip()] if isinstance(v, str) else v
 Names = Annotated[list[str], BeforeValidator(_names)]
 Widths = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(lambda v: [v] if isinstance(v, int) else _names(v))]
@@ -61,6 +61,7 @@ class Starting(Measuring):
     heads: int = Field(12, ge=1, description="Attention heads of a new encoder; they share its width")
     vocabulary: int = Field(30_000, ge=100, description="Entries that a new encoder's tokenizer learns from the training text, at most")
     tokenizer: str | None = Field(None, min_length=1, description="Tokenizer of a new encoder: that of this model, instead of one learned from the training text")
+    init: Literal["random", "tfidf"] = Field("random", description="Weights a new encoder starts with: random, as BERT's; tfidf: it starts as TF-IDF over its own pieces, counted in the training text, and its blocks change nothing yet")
     experts: int = Field(0, ge=0, le=256, description="Experts in each block of a new encoder instead of one feed-forward layer; 0 for none")
     experts_per_token: int = Field(2, ge=1, description="Experts that each token visits; they share the width of the layer they replace, so its work stays the same")
     capacity: float = Field(1.25, ge=0, description="Tokens that an expert takes while training, in fair shares; 0 for any number")
@@ -124,6 +125,7 @@ class RunConfig(Starting):
     max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are scaled down to this norm")
     temperature: float = Field(0.05, gt=0,
                                description="Divides the cosines in the loss; 0.05 is sentence-transformers' scale of 20")
+    score_temperature: float = Field(0.05, gt=0, description="The same where pairs with scores are put in order; a higher one also minds pairs that stand right by a little")
     dropout: float = Field(0.0, ge=0, lt=1,
                            description="Dropout while training; a single pass over thousands of pairs has little to overfit")
     train_tokens: int | None = Field(128, ge=8,

@@ -76,7 +76,7 @@ def machine(cfg: Measuring = make_config() # precision and attention
     bf16 = has_bf16(device) if cfg.precision == "auto" else cfg.precision == "bf16"
     return Machine(device, bf16, cfg.attention, torch.get_num_threads())
 
-# %% ../nbs/08_models.ipynb #d451ea40
+# %% ../nbs/08_models.ipynb #965fff00
 def load_model(name: str,                   # minilm, a hub id or a folder
                max_tokens: int | None = None, # longest text, in tokens; the model's own limit without
                on: Machine | None = None      # where to compute; found out without
@@ -115,7 +115,7 @@ def new_model(cfg: Starting,                 # size, tokenizer, experts and seed
     "Make an encoder from nothing (chapters encoder and experts)."
     tok = load_model(cfg.tokenizer, on=on).tokenizer if cfg.tokenizer else None
     if tok: check_fit(tok, texts, cfg.tokenizer)
-    size = dict(width=cfg.width, layers=cfg.layers, heads=cfg.heads, vocabulary=cfg.vocabulary, max_tokens=max_tokens or 128, seed=getattr(cfg, "seed", 0), tokenizer=tok)
+    size = dict(width=cfg.width, layers=cfg.layers, heads=cfg.heads, vocabulary=cfg.vocabulary, max_tokens=max_tokens or 128, seed=getattr(cfg, "seed", 0), tokenizer=tok, init=cfg.init)
     model = new_moe_encoder(texts, cfg.experts, cfg.experts_per_token, cfg.capacity, **size) if cfg.experts else new_encoder(texts, **size)
     model.prompts = known_prompts("")
     return model.to((on or machine()).device)

@@ -35,16 +35,17 @@ def distil(e: Tensor,      # (texts, width) the student's embeddings
     if e.shape[1] == target.shape[1]: return 1 - (e * target).sum(1).mean()
     return F.mse_loss(e @ e.T, target @ target.T)
 
-# %% ../nbs/12_teaching.ipynb #2075d1b1
+# %% ../nbs/12_teaching.ipynb #d6d12d8e
 class TrainingLoss(ContrastiveLoss):
     "Contrast pairs, order scored pairs, follow a teacher: whatever the batch's set gives."
     def __init__(self, model, *args,
                  teacher_weight: float = 0.0, # of `distil`, beside the task's loss; texts alone have it alone
                  balance: float = 0.0,        # of the experts' balance loss, where the model has experts
+                 score_temperature: float = 0.05, # divides the cosines of scored pairs; `temperature` those of the others
                  **kw                         # as for `ContrastiveLoss`
                 ):
         super().__init__(model, *args, **kw)
-        self.teacher_weight, self.balance, self.target = teacher_weight, balance if experts_of(model) else 0.0, None
+        self.teacher_weight, self.balance, self.score_temperature, self.target = teacher_weight, balance if experts_of(model) else 0.0, score_temperature, None
         if self.balance and self.micro_batch: raise InputError("micro_batch: the balance of experts is that of a whole batch; leave micro_batch out, or give balance 0")
 
     def embed(self, features: list[dict]) -> list[Tensor]: # (batch, width) of each column
@@ -62,7 +63,7 @@ class TrainingLoss(ContrastiveLoss):
         elif labels is not None and labels.is_floating_point():
             a, b = map(all_gather_with_grad, columns[:2]) if self.gather else columns[:2]
             gold = (all_gather(labels) if self.gather else labels)[:, 0]
-            loss = torch.stack([cosent(a[:, :w], b[:, :w], gold, self.temperature) for w in widths]).mean()
+            loss = torch.stack([cosent(a[:, :w], b[:, :w], gold, self.score_temperature) for w in widths]).mean()
         else: loss = super().calculate_loss([[c] for c in columns], labels)
         if self.target is not None: loss = loss + self.teacher_weight * torch.stack([distil(torch.cat(columns)[:, :w], self.target) for w in widths]).mean()
         if self.balance: loss = loss + self.balance * self.uneven
@@ -77,4 +78,4 @@ class TrainingLoss(ContrastiveLoss):
         if len(features) == 1 and target is None: features = [dict(features[0]), dict(features[0])]
         return super().forward(features, labels)
 
-    def get_config_dict(self) -> dict: return super().get_config_dict() | {"teacher_weight": self.teacher_weight, "balance": self.balance}
+    def get_config_dict(self) -> dict: return super().get_config_dict() | {"teacher_weight": self.teacher_weight, "balance": self.balance, "score_temperature": self.score_temperature}

@@ -127,7 +127,7 @@ def live(e: Engine) -> dict:
             "threads": torch.get_num_threads(), "seed": e.args.seed, "device": e.args.device.type,
             "trainable": sum(x.numel() for x in e.model.parameters() if x.requires_grad)}
 
-# %% ../nbs/22_trainer.ipynb #e5ea660c
+# %% ../nbs/22_trainer.ipynb #f2f069a0
 def _mined(sets, model, cfg, on, folder, fingerprint, epoch: int) -> list[tuple]:
     "Give every set its mined negatives; those of an epoch are kept, so that a resumed run trains on the same."
     if not cfg.negatives: return [(s.rows, s.known, 0) for s in sets]
@@ -189,7 +189,7 @@ def _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, re
     columns = max(len(c) for c in data.columns)
     log = FitLog(steps=steps, chance=0.0 if cfg.teacher or columns < 2 or any(s is not None for s in data.scores) else chance_level(cfg.batch_size, columns - 1), batch=cfg.batch_size, resumed_from=step_of(resume) if resume else None)
     loss = TrainingLoss(model, cfg.temperature, data.known.tolist() if cfg.guard else None, cfg.matryoshka, about(resume)["micro_batch"] if resume else cfg.micro_batch, gather=cfg.processes > 1,
-                        teacher_weight=cfg.teacher_weight if cfg.teacher else 0.0, balance=cfg.balance)
+                        teacher_weight=cfg.teacher_weight if cfg.teacher else 0.0, balance=cfg.balance, score_temperature=cfg.score_temperature)
     tester = _Dev(dev, on, limit, cfg)
     groups = parameter_groups(model, cfg)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=on.device in ("cpu", "cuda"))

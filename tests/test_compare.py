@@ -29,7 +29,7 @@ def write_run(folder, name, gain=0., sets=("toy",), seed=0, sha="a" * 64, order=
     "Write a run that moved every query by about `gain`, without training anything."
     rng = np.random.default_rng([seed, *map(ord, name)])
     params = {"seed": seed, "run": name, "lr": 5e-5} | more.pop("params", {})
-    r = Record(name, "completed", seed=seed, params=params, model={"base": "minilm", "sha256": "b" * 64}, **more)
+    r = Record(name, "completed", seed=seed, params=params, model=more.pop("model", {"base": "minilm", "sha256": "b" * 64}), **more)
     r.data = [{"name": "toy", "split": "train", "rows": 9, "sha256": f"{seed}" * 64}]   # another choice of pairs by every seed
     r.data += [{"name": s, "split": r.split, "rows": N, "sha256": sha} | ({"role": role} if role else {}) for s in sets]
     order = list(range(N)) if order is None else order
@@ -109,6 +109,14 @@ def test_seeds_are_one_row(folder):
     assert shown.loc["seeds (3 seeds)", "score"] == f"{row.mean:.3f} ({min(row.after):.3f}–{max(row.after):.3f})"
     shutil.copy(folder / "up.ipynb", folder / "again.ipynb")   # the same seed twice is no second draw
     assert sorted(len(g.runs) for g in go(folder, "up, again").groups) == [1, 1]
+
+
+def test_seeds_of_new_encoders_are_one_row(folder):
+    "Their first weights follow the seed, so no two have the same base."
+    for seed in range(3): write_run(folder, f"new-{seed}", .05, seed=seed, model={"base": "scratch", "sha256": f"{seed}" * 64})
+    assert [list(g.runs) for g in go(folder, "new-*").groups] == [["new-0", "new-1", "new-2"]]
+    for seed in range(2): write_run(folder, f"old-{seed}", .05, seed=seed, model={"base": "minilm", "sha256": f"{seed}" * 64})
+    assert [list(g.runs) for g in go(folder, "old-*").groups] == [["old-0"], ["old-1"]]
 
 
 def test_verdicts(folder):

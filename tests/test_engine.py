@@ -289,7 +289,7 @@ SEEN = {
     "gradient_checkpointing": (True, lambda e: e["gradient_checkpointing"]), "sort_window": (2, lambda e: e["sort_window"] == 2),
     "lr": (2e-4, lambda e: {g["peak_lr"] for g in e["groups"]} == {2e-4}), "schedule": ("cosine", lambda e: e["schedule"] == "cosine"), "warmup": (7, lambda e: e["warmup_steps"] == 7),
     "weight_decay": (0.02, lambda e: {g["weight_decay"] for g in e["groups"]} == {0.02, 0.0}), "max_grad_norm": (0.5, lambda e: e["max_grad_norm"] == 0.5),
-    "temperature": (0.1, lambda e: e["temperature"] == 0.1), "dropout": (0.2, lambda e: e["dropout"] == [0.2]), "train_tokens": (16, lambda e: e["tokens"] == 16),
+    "temperature": (0.1, lambda e: e["temperature"] == 0.1), "score_temperature": (0.3, lambda e: e["score_temperature"] == 0.3), "dropout": (0.2, lambda e: e["dropout"] == [0.2]), "train_tokens": (16, lambda e: e["tokens"] == 16),
     "matryoshka": ([16, 8], lambda e: e["widths"] == [16, 8]), "ema": (0.8, lambda e: e["average"] == 0.8), "attention": ("eager", lambda e: e["attention"] == "eager"),
     "precision": ("fp32", lambda e: e["precision"] == "no"), "negatives": (2, lambda e: e["columns"] == [4]), "compile": (True, lambda e: e["compiled"]),
 }
@@ -306,7 +306,7 @@ ELSEWHERE = {   # where the rest is tested
     "test_train.py": {"run", "preset", "evaluate", "split", "similarity", "max_tokens", "base", "train", "leaks", "max_pairs", "max_per_set", "fresh", "checks"},
     "test_engine.py": {"patience", "final", "keep", "resume_from", "processes"}, "test_tuning.py": {"interpolate", "lora_alpha", "lora_rs", "lora_targets"},
     "test_mining.py": {"miner", "mine_from", "mine_to", "mine_margin", "remine"}, "test_watching.py": {"report_to"},
-    "test_scratch.py": {"width", "layers", "heads", "vocabulary", "tokenizer", "experts", "experts_per_token", "capacity", "balance",
+    "test_scratch.py": {"width", "layers", "heads", "vocabulary", "tokenizer", "experts", "experts_per_token", "capacity", "balance", "init",
                         "texts", "contradictions", "positive_from", "guard", "teacher", "teacher_weight", "choose"}}
 
 

@@ -8,6 +8,7 @@ import sys
 
 import nbformat
 import pytest
+import yaml
 
 from conftest import ROOT, keeps_record
 from embedlab.benchmarking import BenchConfig
@@ -35,6 +36,18 @@ def test_parameters_are_the_defaults(driver, cls):
     exec(cell.source, {}, values)
     assert list(values) == list(cls.model_fields), "all of them, in their order"
     assert make_config(cls, **values) == make_config(cls)
+
+
+PRESETS = sorted(ROOT.glob("nbs/presets/*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_presets_are_settings(path):
+    "Each is taken by the driver, says its own name, and begins with its reason; 1e-4 would be read as text."
+    values = yaml.safe_load(path.read_text())
+    cfg = make_config(**values)
+    assert cfg.preset == f"{path.parent.name}/{path.stem}" and path.read_text().startswith("# ")
+    assert all(not isinstance(v, str) or isinstance(getattr(cfg, k), (str, list)) for k, v in values.items())
 
 
 @pytest.mark.parametrize("path", DRIVERS, ids=lambda p: p.stem)

@@ -17,7 +17,7 @@ from embedlab.collections import load, texts_of, training_sets
 from embedlab.config import InputError, make_config
 from embedlab.engine import Engine
 from embedlab.experts import experts_of
-from embedlab.models import load_model, new_model, weights_hash
+from embedlab.models import load_model, new_model, set_dropout, weights_hash
 from embedlab.teaching import TrainingLoss
 from embedlab.trainer import fit
 
@@ -57,6 +57,7 @@ def test_same_everywhere():
 TEXTS = ["the cat sat on the mat", "a dog sat on the log", "cats and dogs sit", "nobody sat", "ein Hund", "東京 へ"] * 3
 SIZES = {"width": (64, lambda m: m.get_embedding_dimension() == 64), "layers": (3, lambda m: len(m[0].auto_model.encoder.layer) == 3), "heads": (4, lambda m: m[0].auto_model.config.num_attention_heads == 4),
          "vocabulary": (120, lambda m: len(m.tokenizer) <= 120), "tokenizer": ("minilm", lambda m: len(m.tokenizer) == 30522), "experts": (4, lambda m: len(experts_of(m)[0].up) == 4),
+         "init": ("tfidf", lambda m: m[0].auto_model.embeddings.position_embeddings.weight.abs().max() == 0),
          "seed": (5, lambda m: weights_hash(m) != weights_hash(new_model(make_config(**SMALL), TEXTS))), "max_tokens": (16, lambda m: m.max_seq_length == 16)}
 MORE = {"experts_per_token": (4, lambda e, c: e.k == 4 and e.up[0].out_features == 4 * 32 // 4), "capacity": (2.5, lambda e, c: e.capacity == 2.5), "balance": (0.5, lambda e, c: c.balance == 0.5)}
 
@@ -75,10 +76,29 @@ def test_every_setting_of_experts_is_what_is_made(name):
     assert holds(experts_of(new_model(cfg, TEXTS))[0], cfg)
 
 
+@pytest.mark.parametrize("experts", [0, 4])
+def test_a_start_as_tfidf(experts):
+    "A rare word in common counts more than a frequent one; dropout leaves gradients that a deep encoder survives."
+    frequent, rare = ["the cat", "the dog", "the bird", "the cow", "the man"] * 20, ["quartz dust", "quartz ring"]   # pieces of a word are joined that were seen twice
+    texts = frequent + rare * 2
+    m = new_model(make_config(base="scratch", width=192, layers=6, heads=4, vocabulary=400, experts=experts, init="tfidf"), texts)
+    cos = lambda m, a, b: m.similarity(*m.encode([a, b])).item()
+    assert cos(m, "the cat", "the dog") < 0.3 and cos(m, *rare) > 0.3 and cos(m, "the cat", "cat the") > 0.999
+    plain = new_model(make_config(base="scratch", width=192, layers=6, heads=4, vocabulary=400, experts=experts), texts)
+    assert cos(plain, "the cat", "the dog") > 0.6
+    set_dropout(m, 0.1)
+    m.train()
+    torch.manual_seed(0)
+    out = m(m.preprocess(texts))["sentence_embedding"]
+    (out[::2] * out[1::2]).sum().backward()
+    largest = max(p.grad.abs().max().item() for p in m.parameters() if p.grad is not None)
+    assert largest < 1e4, f"{largest}: a state lost all its length to dropout, and the norm layers blew up what was left"
+
+
 def test_a_whole_run(papermill, judged, toy):
     "Scored pairs, triples of entailment and contradiction, texts alone; chosen on scored pairs; without embedlab the model loads."
     scored, labelled = judged
-    ran = papermill(**SMALL, train=f"{scored},{labelled}", texts=scored, contradictions=True, evaluate=toy, choose=toy, split="dev", epochs=1, batch_size=16, max_tokens=32, dropout=0.1, precision="fp32", lr=1e-3, run="new")
+    ran = papermill(**SMALL, init="tfidf", train=f"{scored},{labelled}", texts=scored, contradictions=True, evaluate=toy, choose=toy, split="dev", epochs=1, batch_size=16, max_tokens=32, dropout=0.1, precision="fp32", lr=1e-3, run="new")
     assert ran.code == 0, ran.text[-3000:]
     r = ran.record()
     assert r.model["base"] == "scratch" and r.engine["columns"] == [2, 3, 1] and r.engine["scored"] == [True, False, False] and r.engine["trainable"] == r.model["parameters"]
