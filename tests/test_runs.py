@@ -34,7 +34,7 @@ def test_verdicts_follow_from_the_scores(path):
     for key, d in r.delta.items():
         got = compare(*r.both(key), metric=key, truth=r.truth(key)).record()
         if (d.get("p_holm") or 0) >= 0.05: got["verdict"] = "within noise"   # corrected for the number of sets
-        assert (got["verdict"], got["n"]) == (d["verdict"], d["n"]) and got["mean"] == pytest.approx(d["mean"], abs=1e-6) and got["p"] == pytest.approx(d["p"], abs=0.02), "other random signs move p by less"
+        assert (got["verdict"], got["n"]) == (d["verdict"], d["n"]) and got["mean"] == pytest.approx(d["mean"], abs=1e-5) and got["p"] == pytest.approx(d["p"], abs=0.02), "packing rounds to single precision, which ties ranks; other random signs move p by less"
 
 
 def test_kills():
