@@ -63,7 +63,7 @@ def start_as_tfidf(bert: BertModel,          # its weights are overwritten; bloc
             if ".output.dense." in name or ".down." in name: p.zero_()
         [m for m in bert.modules() if isinstance(m, nn.LayerNorm)][-1].weight[-2 * b:] = 0
 
-# %% ../nbs/06_encoder.ipynb #babae209
+# %% ../nbs/06_encoder.ipynb #283336ab
 def new_encoder(texts: list[str],          # the training text, from which the vocabulary is learned
                 width: int = 384,          # of the states and the embedding
                 layers: int = 6,
@@ -77,6 +77,7 @@ def new_encoder(texts: list[str],          # the training text, from which the v
                 **more                     # settings of that architecture
                ) -> SentenceTransformer:
     "Make a sentence encoder from nothing: BERT's architecture, mean pooling, unit length."
+    if init not in ("random", "tfidf"): raise InputError(f"init must be random or tfidf, not '{init}'")
     if width % heads: raise InputError(f"heads: {heads} heads can't share a width of {width} equally; give a divisor of it")
     tok = tokenizer or train_wordpiece(texts, vocabulary, max_tokens)
     hf_logging.disable_progress_bar()   # of writing and reading one file
