@@ -68,7 +68,7 @@ def _fill(rows: np.ndarray,  # row numbers, in the order to place them
         else: return np.array(out, np.int64).reshape(-1, size), batch + [row for rows in waiting.values() for row, _ in rows[:2 * REFILL]]
         out.append(batch)
 
-# %% ../nbs/17_batches.ipynb #5e3b9b6c
+# %% ../nbs/17_batches.ipynb #97f282a4
 class Batches(Sampler):
     """Plan which rows meet in each batch, as a function of (seed, epoch, step) alone.
 
@@ -83,14 +83,15 @@ class Batches(Sampler):
                  temperature: float = 2.0,  # of the mix
                  lengths: list[np.ndarray] | None = None, # of each set: (rows,) tokens of each row, for sorting
                  window: int = 1,           # batches of each window that is sorted by length; 1 sorts nothing
-                 names: list[str] | None = None # of the sets, for messages
+                 names: list[str] | None = None # of the sets, for messages and logs
                 ):
         if window > 1 and lengths is None: raise InputError(f"sort_window is {window}, but the rows' lengths are not given")
         self.batch_size, self.seed, self.mix, self.temperature, self.lengths, self.window, self.epoch = batch_size, seed, mix, temperature, lengths, window, 0
+        self.names = names or [f"training set {s + 1}" for s in range(len(codes))]
         self.codes, self.starts = [_apart(c) for c in codes], np.cumsum([0] + [len(c) for c in codes])
         self.counts, self._kept = [len(self._pass(s, 0, 0)) for s in range(len(codes))], (None, [])
         for s, c in enumerate(self.codes):
-            if not self.counts[s]: raise InputError(self._why(names[s] if names else f"training set {s + 1}", c))
+            if not self.counts[s]: raise InputError(self._why(self.names[s], c))
 
     def _why(self, name: str, codes: np.ndarray) -> str:
         if len(codes) < self.batch_size: return f"{name}: {len(codes)} rows don't fill one batch of {self.batch_size}; lower batch_size or give more rows"

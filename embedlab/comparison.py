@@ -196,7 +196,7 @@ def rows_for(g: Group,
     before = {k: float(np.mean(x)) for k in keys if (x := [means[k] for means in from_base if k in means])}
     return [Row(g, k, before.get(k), tuple(r.after[k] for r in g.runs.values()), deltas.get(k)) for k in keys]
 
-# %% ../nbs/25_comparison.ipynb #215182a3
+# %% ../nbs/25_comparison.ipynb #3fb1fa7b
 @dataclass
 class Comparison:
     "Hold runs side by side: what was compared, what came out, what was left out."
@@ -212,8 +212,8 @@ class Comparison:
     @property
     def sets(self) -> list[str]: return list(dict.fromkeys(x.set for x in self.rows))
     def top(self, most: int = 8) -> list[Row]:
-        "Choose the rows that stand first: of each set the best, then of each set the second ..."
-        rank = {s: sorted((x for x in self.rows if x.set == s), key=lambda x: -x.gain) for s in self.sets}
+        "Choose the rows that stand first: of each set the highest score, then of each set the second ..."   # not the largest gain: starts may differ
+        rank = {s: sorted((x for x in self.rows if x.set == s), key=lambda x: -x.mean) for s in self.sets}
         chosen = sorted(((i, j) for j, s in enumerate(self.sets) for i in range(len(rank[s]))))[:most]
         return [rank[self.sets[j]][i] for i, j in sorted(chosen, key=lambda c: c[::-1])]
     def rest(self) -> list[Row]:

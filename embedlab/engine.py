@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pairs', 'Loader', 'Share', 'Average', 'out_of_memory', 'Engine', 'load_weights', 'best_check', 'used_up']
 
-# %% ../nbs/21_engine.ipynb #661ef222
+# %% ../nbs/21_engine.ipynb #348c7649
 import contextlib, math, shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +22,9 @@ from .batches import Batches, text_codes
 from .checkpoints import checkpoints, rotate, seal, written_aside
 from .config import InputError, RunConfig
 from .packing import at_limit, features_of, tokenised
-from .watching import diverged
+from .watching import OF_SET, diverged
 
-# %% ../nbs/21_engine.ipynb #60c649ef
+# %% ../nbs/21_engine.ipynb #7cc712bd
 class Pairs(Rows):
     "Hold the tokenised rows of several training sets, counted one set after another."
     def __init__(self, model: SentenceTransformer,
@@ -54,11 +54,12 @@ class Pairs(Rows):
         return (self.model.prompts or {}).get("query" if column == "anchor" else "document") or ""
     def __len__(self) -> int: return int(self.starts[-1])
     def __getitem__(self, i): return i
+    def set_of(self, rows: list[int]) -> int: return int(np.searchsorted(self.starts, rows[0], "right")) - 1   # of a batch, whose rows are all of one set
 
     def collate(self, rows: list[int] # of one set
                ) -> dict: # features of each column, labels, and the rows
         "Lay a batch out for the model."
-        s = int(np.searchsorted(self.starts, rows[0], "right")) - 1
+        s = self.set_of(rows)
         at = np.array(rows) - self.starts[s]
         features = [features_of(self.model, [c[i] for i in at]) for c in self.columns[s]]
         if self.hidden_prompt:   # pooling leaves the prompt's tokens out and must know how many there are
@@ -102,7 +103,7 @@ class Average:
     def swap(self):
         for n, p in self.weights.items(): other = p.clone(); p.copy_(self.kept[n]); self.kept[n].copy_(other)
 
-# %% ../nbs/21_engine.ipynb #b5c9bb9e
+# %% ../nbs/21_engine.ipynb #232f58c6
 def out_of_memory(e: BaseException) -> bool:
     "Tell whether an error means that memory ran out; on a processor PyTorch has no class of its own for it."
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e) or "not enough memory" in str(e)
@@ -111,7 +112,7 @@ class Engine(SentenceTransformerTrainer):
     "Run sentence-transformers' trainer on our batches, with our checkpoints, watching every step."
     def __init__(self, *args, data: Pairs, batches: Batches, cfg: RunConfig, fingerprint: str, about: dict, **kw):
         self.data, self.batches, self.cfg, self.fingerprint, self.about = data, batches, cfg, fingerprint, about
-        self.begun, self.since, self.checked, self.tokens = None, [], [], 0   # this optimiser step and its batches; what is still to be looked at; trained on
+        self.begun, self.since, self.checked, self.tokens, self.by_set = None, [], [], 0, {}   # this optimiser step and its batches; what is still to be looked at; trained on; each set's losses since the last entry of the log
         super().__init__(*args, train_dataset=data, **kw)
         self.average, self.mine_again = Average(self.model, cfg.ema) if cfg.ema else None, None
 
@@ -140,6 +141,7 @@ class Engine(SentenceTransformerTrainer):
         while loss is None: loss = self._again(model)
         self.tokens += int(self.data.tokens[inputs["rows"]].sum())
         self.checked.append((self.state.global_step + 1, inputs["rows"], "loss", loss))
+        if len(self.data.scores) > 1: self.by_set.setdefault(self.batches.names[self.data.set_of(inputs["rows"])], []).append(loss * self.current_gradient_accumulation_steps)
         if self.args.device.type == "cpu": self.check()
         return loss
 
@@ -180,6 +182,7 @@ class Engine(SentenceTransformerTrainer):
 
     def log(self, logs, start_time=None):
         self.check()
+        if "loss" in logs: logs, self.by_set = logs | {OF_SET + n: float(torch.stack(x).mean()) for n, x in sorted(self.by_set.items())}, {}
         return super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial):

@@ -20,7 +20,7 @@ from .evaluation import NDCG, Scores
 from .records import Record, figures_of, rows_of
 from .watching import FitLog, draw_loss
 
-# %% ../nbs/24_plots.ipynb #2e1b1b7f
+# %% ../nbs/24_plots.ipynb #89a263a2
 CUT = 300   # characters of a text that a table shows
 
 def table(df: pd.DataFrame, caption: str = "") -> Styler:
@@ -44,7 +44,7 @@ def plot_deltas(r: Record) -> Figure:
     span = max(ends) - min(ends) or 0.01
     ax.axvline(0, color="0.5", lw=1)
     ax.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows],
-           xlabel="after − before, 95 % interval over queries", ylim=(-0.6, len(rows) - 0.4),
+           xlabel="after − before, 95 % interval", ylim=(-0.6, len(rows) - 0.4),
            xlim=(min(ends) - 0.08 * span, max(ends) + 0.55 * span))
     ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)

@@ -23,10 +23,10 @@ from .plots import COLOURS, table
 from .records import mark, runs_folder
 from .significance import score
 
-# %% ../nbs/26_report.ipynb #dd3a1438
+# %% ../nbs/26_report.ipynb #2d56a2f7
 def _named(rows: list[Row], most: int) -> str:
-    "Name the largest differences of one direction."
-    first = sorted(rows, key=lambda x: -abs(x.gain))[:most]
+    "Name the rows of one direction that lie farthest out, by score."
+    first = sorted(rows, key=lambda x: x.mean if x.gain < 0 else -x.mean)[:most]
     text = ", ".join(f"{x.group.label}, {x.delta.mean:+.3f} [{x.delta.ci95[0]:+.3f}, {x.delta.ci95[1]:+.3f}]" for x in first)
     return text + (f", and {len(rows) - most} more" if len(rows) > most else "")
 
@@ -125,7 +125,7 @@ def _plain(label: str) -> str:
     "Keep a name from being read as a formula, and its mark within the font."
     return label.replace("$", r"\$").replace(" ⚠", " (!)")
 
-# %% ../nbs/26_report.ipynb #8e66b65a
+# %% ../nbs/26_report.ipynb #691fb153
 def score_interval(values: list[np.ndarray],        # (queries,) of each seed
                    metric: str = "",                # set/metric
                    truth: np.ndarray | None = None, # gold values, where the metric needs them
@@ -153,7 +153,7 @@ def plot_bars(c: Comparison) -> Figure:
         ax.set(yticks=range(len(rows)), yticklabels=[_plain(x.group.label) for x in rows], title=f"{s}, {rows[0].metric}",
                xlim=(min(0, ax.get_xlim()[0]), None))
         ax.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel(f"score, 95 % interval over queries; grey: {_plain(c.baseline)}")
+    axes[-1, 0].set_xlabel(f"score, 95 % interval; grey: {_plain(c.baseline)}")
     plt.close(fig)
     return fig
 
@@ -166,7 +166,7 @@ def changes(c: Comparison) -> pd.DataFrame:
     rows = [{"setting": k} | {n: text(s, k) for n, s in every.items()} for k in keys]
     return pd.DataFrame([r for r in rows if len(set(list(r.values())[1:])) > 1], columns=["setting", *every])
 
-# %% ../nbs/26_report.ipynb #a0726c5d
+# %% ../nbs/26_report.ipynb #3c344bde
 def _md_table(df: pd.DataFrame) -> str:
     cell = lambda v: re.sub(r"([|\\`*_<])", r"\\\1", str(v)).replace("\n", " ")
     rows = [list(df), ["---"] * df.shape[1], *df.values.tolist()]
@@ -202,7 +202,7 @@ def as_latex(c: Comparison) -> str:
     lines = [r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering", r"\begin{tabular}{lrrrl}", r"\toprule",
              rf"run & {tex(c.baseline)} & score & difference, 95\,\% interval & verdict \\"]
     for s in c.sets:
-        rows = sorted((x for x in c.rows if x.set == s), key=lambda x: -x.gain)
+        rows = sorted((x for x in c.rows if x.set == s), key=lambda x: -x.mean)
         n = next((f", $n = {x.delta.n}$" for x in rows if x.delta), "")
         lines += [r"\midrule", rf"\multicolumn{{5}}{{l}}{{\emph{{{tex(s)}}}, {tex(rows[0].metric)}{n}}} \\"]
         for x in rows:

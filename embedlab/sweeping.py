@@ -216,7 +216,7 @@ def _run(todo: list[Job], free: list[dict], out: Callable, home: Path, execute: 
         for *_, process in running: process.wait()
     return failed
 
-# %% ../nbs/28_sweeping.ipynb #7123ca5d
+# %% ../nbs/28_sweeping.ipynb #8a844a30
 def conclude(cfg: SweepConfig, jobs: list[Job], failed: dict[str, str] # from `run_jobs`
             ) -> Comparison:
     "Compare the runs of a sweep that are finished, and list the others."
@@ -229,7 +229,7 @@ def conclude(cfg: SweepConfig, jobs: list[Job], failed: dict[str, str] # from `r
 def next_step(cfg: SweepConfig, jobs: list[Job], c: Comparison) -> str:
     "Write the command that measures the best setting on the test split, where there is something to confirm."
     best, split = c.top()[0], jobs[0].settings.split
-    if best.verdict != "better": return f"Nothing is better than {c.baseline} on {best.set}: there is nothing to confirm on the test split."
+    if best.verdict != "better": return f"{best.group.label} has the highest score on {best.set} and is {best.verdict} beside {c.baseline}: there is nothing to confirm on the test split."
     if split == "test": return "These figures are of the test split already; the best of them is the best of several."
     job = next(j for j in jobs if j.run in best.group.runs)
     name = f"{best.group.name}-test"

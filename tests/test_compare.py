@@ -25,8 +25,8 @@ def notebook(path, *outputs):
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
 
 
-def write_run(folder, name, gain=0., sets=("toy",), seed=0, sha="a" * 64, order=None, metrics=("ndcg@10",), before=True, role=None, **more) -> Record:
-    "Write a run that moved every query by about `gain`, without training anything."
+def write_run(folder, name, gain=0., sets=("toy",), seed=0, sha="a" * 64, order=None, metrics=("ndcg@10",), before=True, role=None, start=0., **more) -> Record:
+    "Write a run that ends with every query moved by about `gain`, without training anything."
     rng = np.random.default_rng([seed, *map(ord, name)])
     params = {"seed": seed, "run": name, "lr": 5e-5} | more.pop("params", {})
     r = Record(name, "completed", seed=seed, params=params, model=more.pop("model", {"base": "minilm", "sha256": "b" * 64}), **more)
@@ -37,9 +37,9 @@ def write_run(folder, name, gain=0., sets=("toy",), seed=0, sha="a" * 64, order=
         r.scores.setdefault("ids", {})[s] = pack([IDS[i] for i in order])
         for m in metrics:
             after = (HARD + gain + rng.normal(0, .02, N))[order]
-            if before: r.before[f"{s}/{m}"] = float(HARD.mean())
+            if before: r.before[f"{s}/{m}"] = float(HARD.mean() + start)
             r.after[f"{s}/{m}"] = float(after.mean())
-            r.scores[f"{s}/{m}"] = pack(np.concatenate([HARD[order], after]) if before else after)
+            r.scores[f"{s}/{m}"] = pack(np.concatenate([HARD[order] + start, after]) if before else after)
     r.speed, r.environment = {"train_pairs_per_s": 40., "encode_texts_per_s": 99., "seconds": 61., "peak_rss_bytes": 2e9}, {"device": "cpu", "python": "3.11"}
     notebook(folder / f"{name}.ipynb", {MIME: r.to_dict()})
     return r
@@ -180,6 +180,16 @@ def test_names_paths_and_globs(folder, monkeypatch):
     assert list(find_runs(["up"], folder)[0]) == ["renamed"], "by the name in its record"
     with pytest.raises(InputError, match="none of these runs has the set 'toi'; there are: toy"): go(folder, sets="toi")
     with pytest.raises(InputError, match="none of these runs has the metric 'mrr'; there are: leading, ndcg@10"): go(folder, metric="mrr")
+
+
+def test_the_best_score_stands_first(folder):
+    "Where runs start from different bases, the largest gain is not the best model."
+    write_run(folder, "late", .1, start=.08, params={"lr": 1.}, model={"base": "a", "sha256": "1" * 64})
+    write_run(folder, "early", .02, start=-.2, params={"lr": 2.}, model={"base": "b", "sha256": "2" * 64})
+    c = go(folder, "early, late")
+    best, second = c.top()
+    assert (best.group.name, second.group.name) == ("late", "early") and best.gain < second.gain
+    assert re.search("better than base on toy .*: late, .*, early, ", sentence(c)) and as_latex(c).index("late") < as_latex(c).index("early")
 
 
 def test_eight_rows_and_the_rest(folder):

@@ -62,7 +62,7 @@ def run(folder, *args) -> dict:
     return json.loads(Path(folder).with_suffix(".json").read_text())
 
 
-SAME = ("weights", "loss", "norm", "dev", "dev_loss", "rate", "stopped", "engine", "micro_batch")
+SAME = ("weights", "loss", "by_set", "norm", "dev", "dev_loss", "rate", "stopped", "engine", "micro_batch")
 
 
 @pytest.fixture
@@ -97,6 +97,10 @@ def killed_and_continued(tmp_path, model, data, settings, times: int, seed: int 
     began = time.time()
     whole = run(tmp_path / "whole", model, data, settings)
     sealed = sorted((step_of(c), (c / SEAL).stat().st_mtime) for c in checkpoints(tmp_path / "whole"))   # the newest two at least
+    if len(data) > 1:   # each step's loss is the mean of those of its sets
+        steps = {}
+        for points in whole["by_set"].values(): [steps.setdefault(s, []).append(x) for s, x in points]
+        assert len(whole["by_set"]) == len(data) and [(s, pytest.approx(sum(steps[s]) / len(steps[s]), abs=1e-4)) for s in sorted(steps)] == list(map(tuple, whole["loss"]))
     every, gap = sealed[-1][0] - sealed[-2][0], sealed[-1][1] - sealed[-2][1]
     for i in range(times):
         folder, after = tmp_path / f"cut{i}", every * rng.randrange(len(whole["loss"]) // every)
