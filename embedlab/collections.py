@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEIR_URL', 'BEIR', 'CQA', 'OWN_IDS', 'LICENSED', 'HUB', 'NANO', 'JOINED', 'SPLITS', 'GROUPS', 'download', 'known',
            'load', 'training_data', 'find_overlap', 'TrainingSet', 'training_sets', 'joined', 'kept', 'taken',
-           'dev_sets', 'texts_of', 'clean_part', 'settle', 'clean_parts', 'evaluation_suites']
+           'dev_sets', 'texts_of', 'words_of', 'clean_part', 'settle', 'clean_parts', 'evaluation_suites']
 
 # %% ../nbs/04_collections.ipynb #aa6644fd
 import hashlib, os, zipfile
@@ -188,7 +188,7 @@ def find_overlap(train: Dataset, # rows that would be trained on: anchor, positi
                                      _negatives(train))
     return out
 
-# %% ../nbs/04_collections.ipynb #98ce2a43
+# %% ../nbs/04_collections.ipynb #b075b92f
 @dataclass(frozen=True)
 class TrainingSet:
     "Hold one of a run's training sets."
@@ -253,22 +253,31 @@ def dev_sets(sets: list[TrainingSet], most: int = 500 # documents of each, at le
     "List the training sets' dev splits, small enough to be scored several times."
     return [shrink(t.dev, most) if isinstance(t.dev, Retrieval) else t.dev for t in sets]
 
+def _alone(name: str, texts: list[str], apart: list, first: tuple) -> TrainingSet:
+    asked = {normalise(t) for s in apart for t in (s.queries.values() if isinstance(s, Retrieval) else s.a + s.b if isinstance(s, Pairs) else s.texts)}
+    texts = [t for t in dict.fromkeys(texts) if normalise(t) and normalise(t) not in asked]
+    rows = Dataset.from_dict({"anchor": texts, "label": [[first[0] + i, first[1] + i] for i in range(len(texts))]})
+    return TrainingSet(name, rows, rows, None, len(texts))
+
 def texts_of(names: list[str],  # as for `load`; their training splits
              apart: list,       # what is measured, and what choices are made on
              first: tuple = (0, 0) # numbers of queries and documents that are taken
             ) -> list[TrainingSet]: # rows of one column: anchor
     "List every text of training sets alone, but those that occur in what is measured."
-    asked = {normalise(t) for s in apart for t in (s.queries.values() if isinstance(s, Retrieval) else s.a + s.b if isinstance(s, Pairs) else s.texts)}
     out = []
     for name in names:
         data = load(name, "train")
         every = [*data.queries.values(), *data.documents.values()] if isinstance(data, Retrieval) else [t for c in data.column_names if c in ("text", "anchor", "positive", *negative_columns(data)) for t in data[c]]
-        texts = [t for t in dict.fromkeys(every) if normalise(t) and normalise(t) not in asked]
-        label = [[first[0] + i, first[1] + i] for i in range(len(texts))]
-        rows = Dataset.from_dict({"anchor": texts, "label": label})
-        out.append(TrainingSet(f"{name} (texts)", rows, rows, None, len(texts)))
-        first = first[0] + len(texts), first[1] + len(texts)
+        out.append(_alone(f"{name} (texts)", every, apart, first))
+        first = first[0] + out[-1].total, first[1] + out[-1].total
     return out
+
+def words_of(tokenizer,          # a model's
+             apart: list, first: tuple = (0, 0) # as for `texts_of`
+            ) -> TrainingSet:    # rows of one column: anchor
+    "List the words that a vocabulary holds whole, as texts."
+    words = (tokenizer.decode([i]).strip() for i in sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+    return _alone("words", [w for w in words if w.isalpha() and len(w) > 1], apart, first)
 
 # %% ../nbs/04_collections.ipynb #cc237eaf
 def _labelled_dev(train: Dataset) -> tuple[Dataset, Dataset]: # the rest, and a tenth set aside by a hash of the texts

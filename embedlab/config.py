@@ -22,7 +22,7 @@ class InputError(ValueError):
 # %% ../nbs/00_config.ipynb #7e6f0f7f
 def cache_folder() -> Path: return Path(os.environ.get("EMBEDLAB_CACHE") or user_cache_dir("embedlab"))
 
-# %% ../nbs/00_config.ipynb #aaf0bd88
+# %% ../nbs/00_config.ipynb #2d12977f
 def _names(v: str | list) -> list: return [n.strip() for n in v.split(",") if n.strip()] if isinstance(v, str) else v
 Names = Annotated[list[str], BeforeValidator(_names)]
 Widths = Annotated[list[Annotated[int, Field(ge=1)]], BeforeValidator(lambda v: [v] if isinstance(v, int) else _names(v))]
@@ -82,6 +82,7 @@ class RunConfig(Starting):
     train: Names = Field(["pydocs"], min_length=1,
                          description="Training sets, separated by commas: known names, BEIR folders or files of pairs or triples")
     texts: Names = Field([], description="Sets whose training texts are read alone too, without their partners: for a teacher, or to be found again in spite of dropout")
+    words: bool = Field(False, description="Whole words of the tokenizer's vocabulary are texts of their own too, for a teacher: rare ones stand in few texts or none")
     contradictions: bool = Field(False, description="Where a set marks contradictions, take them as hard negatives of the same first sentence")
     positive_from: float | None = Field(None, description="Scored pairs with this score or more are positives of the contrastive loss, the others go; without it, all are taught in their order")
     guard: bool = Field(True, description="Keep equal texts out of a batch and known positives out of the negatives; off only to show what happens then")
@@ -177,6 +178,7 @@ class RunConfig(Starting):
         if self.remine and not self.negatives: raise ValueError("remine: there is nothing to mine anew; give negatives")
         if self.final == "best" and not {"best", "every"} & {*self.keep}: raise ValueError("final: the best weights are asked for, but keep lets their checkpoint go; name best in keep")
         if self.texts and not (self.teacher or self.dropout): raise ValueError("texts: read twice without dropout a text is the same and nothing is learned; give dropout (0.1), or a teacher")
+        if self.words and not self.teacher: raise ValueError("words: where a word alone should lie only a teacher knows; give one, or leave words out")
         if self.experts and self.micro_batch: raise ValueError("micro_batch: the balance of experts is that of a whole batch; leave micro_batch out, or experts")
         if self.batch_size % self.processes: raise ValueError(f"processes: {self.processes} can't share a batch of {self.batch_size} equally")
         return self

@@ -95,14 +95,15 @@ def test_a_start_as_tfidf(experts):
     assert largest < 1e4, f"{largest}: a state lost all its length to dropout, and the norm layers blew up what was left"
 
 
-def test_a_whole_run(papermill, judged, toy):
-    "Scored pairs, triples of entailment and contradiction, texts alone; chosen on scored pairs; without embedlab the model loads."
+def test_a_whole_run(papermill, judged, toy, tiny_model):
+    "Scored pairs, triples of entailment and contradiction, texts and words alone, a teacher; chosen on scored pairs; without embedlab the model loads."
     scored, labelled = judged
-    ran = papermill(**SMALL, init="tfidf", train=f"{scored},{labelled}", texts=scored, contradictions=True, evaluate=toy, choose=toy, split="dev", epochs=1, batch_size=16, max_tokens=32, dropout=0.1, precision="fp32", lr=1e-3, run="new")
+    ran = papermill(**SMALL, init="tfidf", train=f"{scored},{labelled}", texts=scored, words=True, teacher=tiny_model, contradictions=True, evaluate=toy, choose=toy, split="dev", epochs=1, batch_size=16, max_tokens=32, dropout=0.1, precision="fp32", lr=1e-3, run="new")
     assert ran.code == 0, ran.text[-3000:]
     r = ran.record()
-    assert r.model["base"] == "scratch" and r.engine["columns"] == [2, 3, 1] and r.engine["scored"] == [True, False, False] and r.engine["trainable"] == r.model["parameters"]
-    assert [d["name"] for d in r.data if d["role"] == "train"][2].endswith("(texts)")
+    assert r.model["base"] == "scratch" and r.engine["columns"] == [2, 3, 1, 1] and r.engine["scored"] == [True, False, False, False] and r.engine["taught"] and r.engine["trainable"] == r.model["parameters"]
+    *_, texts, words = [d["name"] for d in r.data if d["role"] == "train"]
+    assert texts.endswith("(texts)") and words == "words" and list(r.engine["by_set"])[-1] == "words" and len(r.engine["by_set"]) == 4
     texts = ["a cat runs", "the old dog sleeps", ""]
     alone = "import sys, json; sys.modules['embedlab'] = None; from sentence_transformers import SentenceTransformer; print(json.dumps(SentenceTransformer(sys.argv[1], device='cpu').encode(json.loads(sys.argv[2])).tolist()))"
     out = subprocess.run([sys.executable, "-c", alone, str(papermill.home / "new" / "model"), json.dumps(texts)], capture_output=True, text=True, check=True).stdout
@@ -157,7 +158,7 @@ def test_killed_with_teacher_scores_and_experts(tmp_path, tiny_model, judged, to
 def test_bad_input(judged, tiny_model, tmp_path):
     bad = lambda says, **settings: pytest.raises(InputError, match=says)
     for says, settings in {"heads: 3 heads can't share a width of 32": {"heads": 3}, "visit 9 of 8 experts": {"experts": 8, "experts_per_token": 9}, "no place for them": {"experts": 4, "layers": 0},
-                           "micro_batch: the balance": {"experts": 4, "micro_batch": 4}, "texts: .*dropout": {"texts": "x"}}.items():
+                           "micro_batch: the balance": {"experts": 4, "micro_batch": 4}, "texts: .*dropout": {"texts": "x"}, "words: where .* only a teacher knows": {"words": True}}.items():
         with bad(says): make_config(**SMALL | settings)
     with bad("width: this is for a new encoder"): make_config(width=64)
     experts = new_model(make_config(**SMALL | {"experts": 4}), TEXTS)
