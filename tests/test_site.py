@@ -26,7 +26,7 @@ def processed(tmp_path_factory):
 
 
 def test_pages_are_processed(processed):
-    for p in [*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("runs/*.ipynb")]:
+    for p in [*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("runs/*.ipynb")]:
         page = json.loads((processed / p.relative_to(ROOT)).read_text())
         assert page["cells"][0]["cell_type"] == "raw" and "title:" in "".join(page["cells"][0]["source"]), p
         shown = "".join("".join(c["source"]) for c in page["cells"])
@@ -53,6 +53,7 @@ def test_everything_named_exists(processed):
     for item in site["website"]["navbar"]["left"]: assert (processed / item["href"]).is_file(), item
     sections = {x["section"]: x["contents"] for x in site["website"]["sidebar"][0]["contents"] if isinstance(x, dict)}
     assert sections["Chapters"] == [f"nbs/{p.name}" for p in sorted(ROOT.glob("nbs/[0-9]*.ipynb"))], "every chapter is in the sidebar, in order"
+    assert sections["Labs"] == [f"nbs/labs/{p.name}" for p in sorted(ROOT.glob("nbs/labs/*.ipynb"))]
     included = re.findall(r"{{< include (\S+) >}}", (processed / "runs/index.qmd").read_text())
     assert included == ["leaderboard.md"] and (processed / "runs" / included[0]).is_file()
 

@@ -1,0 +1,55 @@
+"A lab's figures are those of the runs beside it."
+import re
+
+import nbformat
+import numpy as np
+import pytest
+from bs4 import BeautifulSoup
+from nbclient import NotebookClient
+
+from conftest import ROOT
+from embedlab.comparison import read_outputs
+from embedlab.records import read_record
+
+LABS = sorted(ROOT.glob("nbs/labs/*.ipynb"))
+SECTIONS = ["Goal", "Motivation", "Development", "Results", "Conclusion", "Next steps", "To do"]
+
+
+def tables(path) -> list[list[dict[str, str]]]:
+    "The rows of each table a page shows."
+    out = []
+    for html in read_outputs(path, "text/html"):
+        for table in BeautifulSoup("".join(html), "html.parser").find_all("table"):
+            head, *body = [[x.get_text(strip=True) for x in tr.find_all(["th", "td"])] for tr in table.find_all("tr")]
+            out.append([dict(zip(head, row)) for row in body])
+    return out
+
+
+@pytest.mark.parametrize("path", LABS, ids=lambda p: p.stem)
+def test_a_report_of_an_iteration(path):
+    nb = nbformat.read(path, 4)
+    assert "skip_exec: true" in nb.cells[0].source
+    heads = [line for c in nb.cells if c.cell_type == "markdown" for line in re.findall("^## (.*)", c.source, re.M)]
+    at = [next(i for i, h in enumerate(heads) if h.startswith(s)) for s in SECTIONS]
+    assert at == sorted(at)
+    assert all(c.outputs for c in nb.cells if c.cell_type == "code" and "import " not in c.source), "executed as a whole"
+
+
+def test_scratch_shows_its_runs():
+    "Means, spreads and numbers of seeds, worked out again from the records."
+    board = next(t for t in tables(ROOT / "nbs/labs/004_scratch.ipynb") if {"Spearman on test", "seeds"} <= t[0].keys())
+    for row in board:
+        if row["model"].startswith("TF-IDF"): continue
+        figures = [read_record(p).after["stsb/spearman"] for p in sorted(ROOT.glob(f"runs/scratch-{row['model']}-s*.ipynb"))]
+        assert row["seeds"] == str(len(figures)) and row["Spearman on test"].startswith(f"{np.mean(figures):.3f}")
+        if len(figures) > 1: assert row["Spearman on test"].endswith(f"({min(figures):.3f}–{max(figures):.3f})")
+    assert {"as-written", "words", "fast", "bag", "dense", "experts"} <= {row["model"] for row in board}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", LABS, ids=lambda p: p.stem)
+def test_executed_again_it_says_the_same(path):
+    nb, again = nbformat.read(path, 4), nbformat.read(path, 4)
+    NotebookClient(again, timeout=1200, resources={"metadata": {"path": str(path.parent)}}).execute()
+    shown = lambda nb: [re.sub("T_[0-9a-f]+", "", o["data"].get("text/html", o["data"]["text/plain"])) for c in nb.cells if c.cell_type == "code" for o in c.outputs if "data" in o and "image/png" not in o["data"]]
+    assert shown(again) == shown(nb)
