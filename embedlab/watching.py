@@ -68,39 +68,45 @@ def chance_level(batch: int,       # pairs in a contrastive batch
     "Give the InfoNCE loss of a model that scores all documents of a batch the same."
     return math.log(batch * columns)
 
-# %% ../nbs/20_watching.ipynb #6f145f66
+# %% ../nbs/20_watching.ipynb #18a97861
 SPIKE, TIMES = 10.0, 4.0   # gradient norm: guide 003's limit; and how far above the ten before, whose healthy maximum is measured in the notebook
 
 def spike(log: FitLog,
           since: int = 0  # steps up to here were looked at before
          ) -> str | None:
-    "Find a gradient norm that is far above the ones before it."
-    for i in range(max(1, bisect_right(log.norm, (since, math.inf))), len(log.norm)):
-        step, norm = log.norm[i]
-        if norm > SPIKE and norm > TIMES * (usual := np.median([n for _, n in log.norm[max(0, i - 10):i]])):
+    "Find a gradient norm that is far above the ones before it, of batches of the same training set."
+    of, before = {}, {}   # the set or sets behind each entry; norms so far by set
+    for name, points in log.by_set.items():
+        for step, _ in points: of[step] = *of.get(step, ()), name
+    for step, norm in log.norm:
+        seen = before.setdefault(of.get(step), [])
+        if step > since and seen and norm > SPIKE and norm > TIMES * (usual := np.median(seen[-10:])):
             return (f"gradient norm {norm:.1f} at step {step}, against {usual:.1f} in the steps before it; "
                     "look at that batch's texts, and lower lr or lengthen warmup if it comes back")
+        seen.append(norm)
     return None
 
-# %% ../nbs/20_watching.ipynb #b2f4a363
+# %% ../nbs/20_watching.ipynb #89456313
 STALL, LEAST = 0.05, 5   # a fall under 5 % over a quarter of the run is a plateau; fewer logged losses than five have no usable spread
 
-def _quarter(log: FitLog, back: int = 0 # quarters of the run before the newest
+def _quarter(points: Points, end: int, steps: int, back: int = 0 # quarters of the run before the one up to `end`
             ) -> list[float]:
-    end = log.loss[-1][0] - back * log.steps / 4
-    cut = lambda step: bisect_right(log.loss, (step, math.inf))
-    return [x for _, x in log.loss[cut(end - log.steps / 4):cut(end)]]
+    end -= back * steps / 4
+    cut = lambda step: bisect_right(points, (step, math.inf))
+    return [x for _, x in points[cut(end - steps / 4):cut(end)]]
 
 def plateau(log: FitLog) -> str | None:
-    "Notice a loss that has all but stopped falling, as sure as its noise allows."
-    if not log.loss or log.loss[-1][0] < log.steps / 2: return None
-    new, old = _quarter(log), _quarter(log, 1)
-    if min(len(new), len(old)) < LEAST: return None
-    a, b = np.mean(old), np.mean(new)
-    error = math.sqrt(np.var(old, ddof=1) / len(old) + np.var(new, ddof=1) / len(new))
-    if b < math.log(2) or a - b + 2 * error >= STALL * a: return None
-    return (f"the mean loss of a quarter of the run went from {a:.3f} to {b:.3f} (± {error:.3f}) by step {log.loss[-1][0]}; "
-            "try another lr or temperature or harder negatives, or stop here")
+    "Notice a loss that has all but stopped falling, as sure as its noise allows; several training sets are judged one by one."
+    if not log.loss or (end := log.loss[-1][0]) < log.steps / 2: return None
+    for name, points in (log.by_set or {"": log.loss}).items():
+        new, old = (_quarter(points, end, log.steps, back) for back in (0, 1))
+        if min(len(new), len(old)) < LEAST: continue
+        a, b = np.mean(old), np.mean(new)
+        error = math.sqrt(np.var(old, ddof=1) / len(old) + np.var(new, ddof=1) / len(new))
+        if b < math.log(2) or a - b + 2 * error >= STALL * a: continue
+        return (f"the mean loss{f' on {name}' if name else ''} of a quarter of the run went from {a:.3f} to {b:.3f} (± {error:.3f}) by step {end}; "
+                "try another lr or temperature or harder negatives, or stop here")
+    return None
 
 # %% ../nbs/20_watching.ipynb #53bb96f0
 AHEAD = 0.5   # of loss: a factor of 1.6 in the probability of the right document
@@ -114,7 +120,7 @@ def overfit(log: FitLog) -> str | None:
     return (f"validation loss {held:.2f} at step {step} is {held - trained:.2f} above the training loss of {trained:.2f}; "
             "train for fewer epochs (or final=best with patience), lower lr, or give more pairs")
 
-# %% ../nbs/20_watching.ipynb #202ce5c4
+# %% ../nbs/20_watching.ipynb #c9829ada
 NEAR = 0.95   # a training loss above this share of chance has learnt next to nothing
 
 def at_chance(log: FitLog) -> str | None:
@@ -125,7 +131,7 @@ def at_chance(log: FitLog) -> str | None:
     if held and held[0][1] > log.chance:
         return f"validation loss {held[0][1]:.2f} at step {held[0][0]} is above {level}; lower lr, and look whether the pairs belong together"
     if not log.loss or log.loss[-1][0] < log.steps / 4: return None
-    mean = np.mean(_quarter(log))
+    mean = np.mean(_quarter(log.loss, log.loss[-1][0], log.steps))
     if mean <= NEAR * log.chance: return None
     return (f"the loss at step {log.loss[-1][0]}, {mean:.2f}, is no better than {level}; "
             "try another lr (about 2e-5 to 1e-4 for a pretrained encoder, 1e-4 to 1e-3 for one from nothing), and look whether the pairs belong together")
