@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
 from conftest import ROOT
 from test_engine import BASE, killed_and_continued
@@ -17,7 +18,7 @@ from embedlab.collections import load, texts_of, training_sets
 from embedlab.config import InputError, make_config
 from embedlab.engine import Engine
 from embedlab.experts import experts_of
-from embedlab.models import load_model, new_model, set_dropout, weights_hash
+from embedlab.models import keep_blocks, load_model, new_model, set_dropout, weights_hash
 from embedlab.teaching import TrainingLoss
 from embedlab.trainer import fit
 
@@ -148,6 +149,19 @@ def test_a_teacher_is_followed(sets, tmp_path):
         assert far() < before / 4, (before, far())
 
 
+def test_a_student_begins_as_part_of_its_teacher(papermill, toy, tiny_model):
+    settings = dict(base=tiny_model, blocks="1", teacher=tiny_model, teacher_weight=3, train=toy, evaluate=toy, split="dev", epochs=1, batch_size=16, precision="fp32", run="part")
+    ran = papermill(**settings)
+    assert ran.code == 0, ran.text[-3000:]
+    whole, student, r = load_model(str(tiny_model)), SentenceTransformer(str(papermill.home / "part" / "model"), device="cpu"), ran.record()
+    sizes = [sum(p.numel() for p in block.parameters()) for block in whole[0].auto_model.encoder.layer]
+    assert len(sizes) == 2 and len(student[0].auto_model.encoder.layer) == 1
+    assert r.model["parameters"] == sum(p.numel() for p in whole.parameters()) - sizes[0] == sum(p.numel() for p in student.parameters())
+    begun = keep_blocks(load_model(str(tiny_model)), [1])
+    assert weights_hash(begun) == r.model["sha256"] and begun.encode("a text").tolist() != whole.encode("a text").tolist()
+    assert "the base has the blocks 0 to 1, and none with the number 2" in papermill(**settings | {"blocks": "0,2", "run": "more"}).text
+
+
 def test_killed_with_teacher_scores_and_experts(tmp_path, tiny_model, judged, toy):
     m = new_model(make_config(**SMALL | {"experts": 4}), load(str(judged[0]), "train")["anchor"][:], 32)
     m.save(str(tmp_path / "moe"), create_model_card=False)
@@ -161,6 +175,8 @@ def test_bad_input(judged, tiny_model, tmp_path):
                            "micro_batch: the balance": {"experts": 4, "micro_batch": 4}, "texts: .*dropout": {"texts": "x"}, "words: where .* only a teacher knows": {"words": True}}.items():
         with bad(says): make_config(**SMALL | settings)
     with bad("width: this is for a new encoder"): make_config(width=64)
+    with bad("blocks: a new encoder has as many as layers says"): make_config(**SMALL | {"blocks": "0"})
+    with bad("blocks: 2,0 is out of order"): make_config(blocks="2,0")
     experts = new_model(make_config(**SMALL | {"experts": 4}), TEXTS)
     with bad("micro_batch: the balance of experts"): TrainingLoss(experts, balance=0.01, micro_batch=2)   # a base that has experts already
     starved = SimpleNamespace(loss=TrainingLoss(experts, balance=0.01), cfg=make_config(), args=SimpleNamespace(world_size=1), state=SimpleNamespace(global_step=4))
