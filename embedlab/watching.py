@@ -86,7 +86,7 @@ def spike(log: FitLog,
         seen.append(norm)
     return None
 
-# %% ../nbs/20_watching.ipynb #89456313
+# %% ../nbs/20_watching.ipynb #1cd71497
 STALL, LEAST = 0.05, 5   # a fall under 5 % over a quarter of the run is a plateau; fewer logged losses than five have no usable spread
 
 def _quarter(points: Points, end: int, steps: int, back: int = 0 # quarters of the run before the one up to `end`
@@ -96,17 +96,17 @@ def _quarter(points: Points, end: int, steps: int, back: int = 0 # quarters of t
     return [x for _, x in points[cut(end - steps / 4):cut(end)]]
 
 def plateau(log: FitLog) -> str | None:
-    "Notice a loss that has all but stopped falling, as sure as its noise allows; several training sets are judged one by one."
+    "Notice a loss that has all but stopped falling, as sure as its noise allows; of several training sets, on each of them."
     if not log.loss or (end := log.loss[-1][0]) < log.steps / 2: return None
+    stalled = []
     for name, points in (log.by_set or {"": log.loss}).items():
         new, old = (_quarter(points, end, log.steps, back) for back in (0, 1))
-        if min(len(new), len(old)) < LEAST: continue
+        if min(len(new), len(old)) < LEAST: return None
         a, b = np.mean(old), np.mean(new)
         error = math.sqrt(np.var(old, ddof=1) / len(old) + np.var(new, ddof=1) / len(new))
-        if b < math.log(2) or a - b + 2 * error >= STALL * a: continue
-        return (f"the mean loss{f' on {name}' if name else ''} of a quarter of the run went from {a:.3f} to {b:.3f} (± {error:.3f}) by step {end}; "
-                "try another lr or temperature or harder negatives, or stop here")
-    return None
+        if b < math.log(2) or a - b + 2 * error >= STALL * a: return None
+        stalled.append(f"from {a:.3f} to {b:.3f} (± {error:.3f}){f' on {name}' if name else ''}")
+    return f"the mean loss of a quarter of the run went {', '.join(stalled)} by step {end}; try another lr or temperature or harder negatives, or stop here"
 
 # %% ../nbs/20_watching.ipynb #53bb96f0
 AHEAD = 0.5   # of loss: a factor of 1.6 in the probability of the right document
