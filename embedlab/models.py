@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'MINILM_SHA256', 'known_prompts', 'minilm_folder', 'Machine', 'has_bf16', 'machine', 'load_model',
-           'keep_blocks', 'new_model', 'set_dropout', 'weights_hash', 'describe']
+           'new_model', 'set_dropout', 'weights_hash', 'describe', 'keep_blocks']
 
 # %% ../nbs/08_models.ipynb #81c4e347
 import hashlib, importlib.util, logging, re
@@ -76,7 +76,7 @@ def machine(cfg: Measuring = make_config() # precision and attention
     bf16 = has_bf16(device) if cfg.precision == "auto" else cfg.precision == "bf16"
     return Machine(device, bf16, cfg.attention, torch.get_num_threads())
 
-# %% ../nbs/08_models.ipynb #98640a20
+# %% ../nbs/08_models.ipynb #965fff00
 def load_model(name: str,                   # minilm, a hub id or a folder
                max_tokens: int | None = None, # longest text, in tokens; the model's own limit without
                on: Machine | None = None      # where to compute; found out without
@@ -106,18 +106,6 @@ def load_model(name: str,                   # minilm, a hub id or a folder
 
 def _origin(model, place: str) -> str:
     return f"{getattr(model[0].auto_model.config, '_name_or_path', '')} {place}" if hasattr(model[0], "auto_model") else place
-
-def keep_blocks(model: SentenceTransformer,
-                blocks: list[int] # numbers, counted from 0 at the word vectors
-               ) -> SentenceTransformer: # the same one
-    "Keep these blocks of an encoder and drop the others: DistilBERT's student begins as every other block of its teacher (arXiv:1910.01108)."
-    body = model[0].auto_model
-    stack = getattr(getattr(body, "encoder", None), "layer", None)
-    if stack is None: raise InputError(f"blocks: {type(body).__name__} does not keep its blocks where BERT does; leave blocks out")
-    if blocks[-1] >= len(stack): raise InputError(f"blocks: the base has the blocks 0 to {len(stack) - 1}, and none with the number {blocks[-1]}")
-    body.encoder.layer = torch.nn.ModuleList(stack[i] for i in blocks)
-    body.config.num_hidden_layers = len(blocks)
-    return model
 
 def new_model(cfg: Starting,                 # size, tokenizer, experts and seed
               texts: list[str],              # the training text
@@ -154,3 +142,16 @@ def describe(model: SentenceTransformer, name: str # the base's name in the sett
             "architecture": getattr(getattr(getattr(model[0], "auto_model", None), "config", None), "model_type", type(model[0]).__name__),
             "width": model.get_embedding_dimension(), "max_tokens": model.max_seq_length, "prompts": model.prompts,
             "pooling": str(getattr(model[1], "pooling_mode", None)) if len(model) > 1 else None}
+
+# %% ../nbs/08_models.ipynb #814e2560
+def keep_blocks(model: SentenceTransformer,
+                blocks: list[int] # numbers, counted from 0 at the word vectors
+               ) -> SentenceTransformer: # the same one
+    "Keep these blocks of an encoder and drop the others: DistilBERT's student begins as every other block of its teacher (arXiv:1910.01108)."
+    body = model[0].auto_model
+    stack = getattr(getattr(body, "encoder", None), "layer", None)
+    if stack is None: raise InputError(f"blocks: {type(body).__name__} does not keep its blocks where BERT does; leave blocks out")
+    if blocks[-1] >= len(stack): raise InputError(f"blocks: the base has the blocks 0 to {len(stack) - 1}, and none with the number {blocks[-1]}")
+    body.encoder.layer = torch.nn.ModuleList(stack[i] for i in blocks)
+    body.config.num_hidden_layers = len(blocks)
+    return model
