@@ -153,7 +153,7 @@ def execute(job: Job,
             place: dict   # environment variables of the place where it runs
            ) -> subprocess.Popen:
     "Start a run as a process of this machine that ends when this process does."
-    command = [sys.executable, "-c", ENDS_WITH_US, str(job.notebook), str(out), "-y", yaml.safe_dump(job.params), "--log-output", "--no-progress-bar"]
+    command = [sys.executable, "-c", ENDS_WITH_US, os.path.relpath(job.notebook), os.path.relpath(out), "-y", yaml.safe_dump(job.params), "--log-output", "--no-progress-bar"]
     with open(out.with_suffix(".log"), "ab") as log:
         return subprocess.Popen(command, env=os.environ | place, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
 

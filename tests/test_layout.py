@@ -106,6 +106,7 @@ def test_committed_notebooks(path):
     raw = path.read_text()
     assert path.stat().st_size < 1_500_000
     assert not re.search(r"/(home|root|Users)/\w|[A-Z]:\\\\Users", raw) and str(ROOT.parent) + "/" not in raw
+    assert not any(str(v).startswith("/") for k, v in json.loads(raw)["metadata"].get("papermill", {}).items() if k.endswith("_path")), "papermill keeps the paths it is given"
     for cell in json.loads(raw)["cells"]:
         assert isinstance(cell["source"], list)
         assert not any(o["output_type"] == "error" for o in cell.get("outputs", []))
