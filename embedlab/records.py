@@ -172,11 +172,12 @@ def as_html(r: Record) -> str:
 def model_card(r: Record) -> str: # Markdown
     "Write what a saved model is, what it was trained on, and what that changed."
     trained = [f"{x['name']} ({x['rows']:,} rows)" for x in r.data if x.get("role") == "train"]
+    start = "nothing" if r.model.get("base") == "scratch" else f"blocks {', '.join(map(str, r.params['blocks']))} of {r.model.get('base')}" if r.params.get("blocks") else r.model.get("base")
     other = r.model.get("architecture") == "moe_bert"
     rows = [f"| {k} | {v} | {b:.3f} | {a:.3f} | {m:+.3f} [{lo:+.3f}, {hi:+.3f}] | {n:,} |" for k, v, b, a, m, lo, hi, n in rows_of(r)]
     use = ["from sentence_transformers import SentenceTransformer", *(["import embedlab.experts   # makes its architecture known"] if other else []), "", 'model = SentenceTransformer("this folder")']
     return "\n".join(["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity", "tags: [sentence-transformers, embedlab]", "---", f"# {r.run}", "",
-        f"Trained from {'nothing' if r.model.get('base') == 'scratch' else r.model.get('base')} on {', '.join(trained) or 'no set'}. {r.model.get('parameters', 0):,} parameters, {r.model.get('width')} dimensions, up to {r.model.get('max_tokens')} tokens, seed {r.seed}.",
+        f"Trained from {start} on {', '.join(trained) or 'no set'}. {r.model.get('parameters', 0):,} parameters, {r.model.get('width')} dimensions, up to {r.model.get('max_tokens')} tokens, seed {r.seed}.",
         *(["", "Its layers hold a mixture of experts, which no other library knows: loading it needs embedlab to be installed."] if other else []),
         *(["", f"**Marked:** {mark(r)}"] if mark(r) else []), "", "```python", *use, "```", "", f"Before and after training, on the {r.split} split, with 95 % intervals:", "",
         "| figure | verdict | before | after | difference | items |", "| --- | --- | --- | --- | --- | --- |", *rows, ""])

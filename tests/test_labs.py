@@ -43,6 +43,12 @@ def test_scratch_shows_its_runs():
         figures = [read_record(p).after["stsb/spearman"] for p in sorted(ROOT.glob(f"runs/scratch-{row['model']}-s*.ipynb"))]
         assert row["seeds"] == str(len(figures)) and row["Spearman on test"].startswith(f"{np.mean(figures):.3f}")
         if len(figures) > 1: assert row["Spearman on test"].endswith(f"({min(figures):.3f}–{max(figures):.3f})")
+    stand = {row["Spearman on test"].removeprefix("0")[:4] for row in board}
+    conclusion = re.split("^## ", "\n".join(c.source for c in nbformat.read(ROOT / "nbs/labs/004_scratch.ipynb", 4).cells), flags=re.M)[-3]
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if "nbs/labs/004_scratch.ipynb" in line)
+    for prose in (conclusion, row):
+        said = re.findall(r"(?<!\d)0?(\.\d{3})(?!\d)", prose)
+        assert len(said) >= 4 and {*said} <= stand, "typed figures are the table's"
     assert {"as-written", "words", "fast", "bag", "dense", "experts", "production", "distilled", "halved"} <= {row["model"] for row in board}
 
 

@@ -159,6 +159,7 @@ def test_a_student_begins_as_part_of_its_teacher(papermill, toy, tiny_model):
     assert r.model["parameters"] == sum(p.numel() for p in whole.parameters()) - sizes[0] == sum(p.numel() for p in student.parameters())
     begun = keep_blocks(load_model(str(tiny_model)), [1])
     assert weights_hash(begun) == r.model["sha256"] and begun.encode("a text").tolist() != whole.encode("a text").tolist()
+    assert f"Trained from blocks 1 of {tiny_model}" in (papermill.home / "part" / "model" / "README.md").read_text()
     assert "the base has the blocks 0 to 1, and none with the number 2" in papermill(**settings | {"blocks": "0,2", "run": "more"}).text
 
 
