@@ -22,7 +22,7 @@ class InputError(ValueError):
 # %% ../nbs/00_config.ipynb #7e6f0f7f
 def cache_folder() -> Path: return Path(os.environ.get("EMBEDLAB_CACHE") or user_cache_dir("embedlab"))
 
-# %% ../nbs/00_config.ipynb #99a0378d
+# %% ../nbs/00_config.ipynb #4f4e8339
 def _names(v: str | list) -> list: return [n.strip() for n in v.split(",") if n.strip()] if isinstance(v, str) else v
 Names = Annotated[list[str], BeforeValidator(_names)]
 _numbers = BeforeValidator(lambda v: [v] if isinstance(v, int) else _names(v))
@@ -57,6 +57,7 @@ class EvaluateConfig(Measuring):
 class Starting(Measuring):
     "Hold what a run starts from: a model that exists, or the size of a new one."
     base: str = Field("minilm", min_length=1, description="Model to start from: minilm (bundled), a run's name, a hub id, a folder, or scratch: a new one, from nothing")
+    prompts: bool = Field(True, description="Put the base's prompts in front of texts, in training, before and after; off only to show what that costs")
     blocks: Numbers = Field([], description="Blocks of the base to keep, by number: 0,2,5 of the bundled MiniLM's 0 to 5; without any, all")
     width: int = Field(384, ge=8, description="Width of a new encoder (base scratch)")
     layers: int = Field(6, ge=0, le=48, description="Blocks of a new encoder; 0 leaves a table of word vectors and their mean")
@@ -71,7 +72,7 @@ class Starting(Measuring):
 
     @model_validator(mode="after")
     def _new(self) -> "Starting":
-        own = [k for k, f in Starting.model_fields.items() if k in Starting.__annotations__ and k not in ("base", "blocks", "balance") and getattr(self, k) != f.default]
+        own = [k for k, f in Starting.model_fields.items() if k in Starting.__annotations__ and k not in ("base", "prompts", "blocks", "balance") and getattr(self, k) != f.default]
         if self.base != "scratch" and own: raise ValueError(f"{own[0]}: this is for a new encoder (base scratch); base '{self.base}' has its own")
         if self.base == "scratch" and self.blocks: raise ValueError("blocks: a new encoder has as many as layers says; give layers, or a base that exists")
         if self.blocks != sorted({*self.blocks}): raise ValueError(f"blocks: {','.join(map(str, self.blocks))} is out of order or names one twice; count upwards")
@@ -89,6 +90,7 @@ class RunConfig(Starting):
     words: bool = Field(False, description="Whole words of the tokenizer's vocabulary are texts of their own too, for a teacher: rare ones stand in few texts or none")
     contradictions: bool = Field(False, description="Where a set marks contradictions, take them as hard negatives of the same first sentence")
     positive_from: float | None = Field(None, description="Scored pairs with this score or more are positives of the contrastive loss, the others go; without it, all are taught in their order")
+    titles: bool = Field(True, description="Train on a document's title and text; off leaves the text alone, while what is measured keeps its titles")
     guard: bool = Field(True, description="Keep equal texts out of a batch and known positives out of the negatives; off only to show what happens then")
     leaks: Literal["fail", "drop", "allow"] = Field("fail",
                                                     description="When training text repeats an evaluation query: stop, remove it, or go on and mark the run")
@@ -154,6 +156,7 @@ class RunConfig(Starting):
     interpolate: float | None = Field(None, gt=0, le=1, description="Share of the tuned weights in the final ones, the rest is the base's: protects what the base knew")
     keep: Names = Field(["last", "best"], description="Checkpoints to keep: last (the newest two), best, every; all are removed when the run is finished, unless every is named")
     resume_from: str | None = Field(None, min_length=1, description="Continue from this checkpoint (its name or folder) instead of the newest")
+    push_to_hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$", description="Repository on the hub, OWNER/NAME, that receives the finished model with its card; a new one is private. Without it nothing leaves this machine")
     report_to: Names = Field([], description="Where figures go besides the notebook: trackio, wandb, tensorboard, where installed")
     fresh: bool = Field(False, description="Start over even where a checkpoint or a finished model of this very run exists")
 
@@ -187,7 +190,7 @@ class RunConfig(Starting):
         if self.batch_size % self.processes: raise ValueError(f"processes: {self.processes} can't share a batch of {self.batch_size} equally")
         return self
 
-# %% ../nbs/00_config.ipynb #a3438507
+# %% ../nbs/00_config.ipynb #2ead12a9
 def _line(e: dict,               # one of pydantic's errors, as a dictionary
           cls: type[BaseModel]   # the settings' class
          ) -> str:
@@ -201,7 +204,7 @@ def _line(e: dict,               # one of pydantic's errors, as a dictionary
             "less_than": "must be less than {lt:g}",
             "less_than_equal": "must be at most {le:g}", "literal_error": "must be {expected}",
             "too_short": "must name at least one",
-            "string_pattern_mismatch": "may hold letters, digits, '.', '_' and '-' only"}.get(e["type"])
+            "string_pattern_mismatch": "must be OWNER/NAME, as on the hub" if name == "push_to_hub" else "may hold letters, digits, '.', '_' and '-' only"}.get(e["type"])
     if e["type"] == "value_error" and not name: return e["msg"].removeprefix("Value error, ")   # of settings that don't go together
     return f"{name} {text.format(**ctx)}, not {got!r}" if text else f"{name}: {(m := e['msg'].removeprefix('Value error, '))[0].lower()}{m[1:]}, not {got!r}"
 
@@ -227,10 +230,10 @@ def config_from(ns: dict, # the notebook's `globals()`, right after its paramete
     ns["_embedlab_ran"] = True
     return make_config(cls, **plain)
 
-# %% ../nbs/00_config.ipynb #5aea4d17
+# %% ../nbs/00_config.ipynb #db6b82ff
 def fingerprint(cfg: Measuring, # settings
                 *content        # anything JSON can hold that the result depends on: hashes of the data and of the base model
                ) -> str:        # 12 hexadecimal digits
     "Hash settings and content; equal fingerprints mean the same computation."
-    kept = cfg.model_dump(exclude={"run", "preset", "fresh", "keep", "report_to", "resume_from"})
+    kept = cfg.model_dump(exclude={"run", "preset", "fresh", "keep", "report_to", "resume_from", "push_to_hub"})
     return hashlib.sha256(json.dumps([kept, content], sort_keys=True).encode()).hexdigest()[:12]

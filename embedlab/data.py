@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'LABELLED', 'NLI', 'SAME', 'MEANING', 'MissingSplit', 'Retrieval', 'digest', 'check', 'read_rows',
            'read_beir', 'as_table', 'Pairs', 'Labelled', 'as_suites', 'entry', 'negative_columns', 'training_pairs',
-           'as_retrieval', 'by_hash', 'carve_dev', 'shrink', 'first_pairs']
+           'title_pairs', 'as_retrieval', 'by_hash', 'carve_dev', 'shrink', 'first_pairs']
 
 # %% ../nbs/03_data.ipynb #d5201fb8
 import csv, hashlib, json, random, re
@@ -22,7 +22,7 @@ from .leaks import find_leaks, normalise
 class MissingSplit(InputError):
     "The collection is there, but not this split of it."
 
-# %% ../nbs/03_data.ipynb #97960806
+# %% ../nbs/03_data.ipynb #30be350e
 @dataclass(frozen=True)
 class Retrieval:
     "Hold documents, queries and judgements of one split of a retrieval set."
@@ -38,8 +38,8 @@ class Retrieval:
         return {k: f"{d.get('title', '')} {d['text']}".strip() for k, d in self.corpus.items()}
     def relevant(self, q: str) -> list[str]: return [d for d, s in self.qrels[q].items() if s > 0]
     @property
-    def answers(self) -> dict[str, list[str]]: # texts of each query's relevant documents
-        return {q: [self.documents[d] for d in self.relevant(q)] for q in self.queries}
+    def answers(self) -> dict[str, list[str]]: # texts of each query's relevant documents, with their titles and without: either may stand in training
+        return {q: [*dict.fromkeys(t for d in self.relevant(q) for t in (self.documents[d], self.corpus[d]["text"]) if normalise(t))] for q in self.queries}
     def part(self, split: str, ids: list[str]) -> "Retrieval": # the same documents, these queries
         return replace(self, split=split, queries={q: self.queries[q] for q in ids}, qrels={q: self.qrels[q] for q in ids})
     @cached_property
@@ -252,7 +252,7 @@ def _labelled(cols: dict, name: str, split: str, train: Dataset | None) -> Label
         raise InputError(f"{name}/{split}: label '{min(new)}' does not occur in train; a classifier can't know it")
     return Labelled(name, split, cols["text"], cols["label"], seen)
 
-# %% ../nbs/03_data.ipynb #817b8e8e
+# %% ../nbs/03_data.ipynb #f8fd0231
 def negative_columns(rows: Dataset) -> list[str]: # negative, negative_1, negative_2 …, as they stand
     "Name the columns that hold negatives."
     return [c for c in rows.column_names if re.fullmatch(r"negative(_\d+)?", c)]
@@ -273,7 +273,8 @@ def _contradicted(data: Dataset # anchor, positive, relation
 def training_pairs(data: Retrieval | Dataset, # a retrieval set or a table of pairs
                    whole: bool = False,       # every pair, also those that are no positives: to look for overlap
                    contradictions: bool = False, # where pairs have a relation, take contradictions as negatives
-                   positive_from: float | None = None # scored pairs with this score or more are positives; None: all are to be ordered
+                   positive_from: float | None = None, # scored pairs with this score or more are positives; None: all are to be ordered
+                   titles: bool = True        # put the titles of a retrieval set's documents in front of their texts
                   ) -> Dataset:              # anchor, positive, the negatives or the score that the table has, and label = [query number, document number]
     "List training rows, numbered so that equal anchors or positives are known to be equal."
     table = not isinstance(data, Retrieval)
@@ -284,13 +285,19 @@ def training_pairs(data: Retrieval | Dataset, # a retrieval set or a table of pa
     opposed = contradictions and not whole and "relation" in has and "score" not in has   # of SICK's two judgements the score says more
     wanted = lambda r: r["score"] >= positive_from if "score" in has else MEANING.get(r.get("relation", "same"))
     names = ["anchor", "positive"] + (["negative"] if opposed else negative_columns(data) if table else []) + ["score"] * scored
-    if not table: rows = [(data.queries[q], data.documents[d]) for q in data.queries for d in data.relevant(q)]
+    if not table: rows = [(data.queries[q], data.documents[d] if titles else data.corpus[d]["text"] or data.documents[d]) for q in data.queries for d in data.relevant(q)]
     elif opposed: rows = _contradicted(data)
     else: rows = [tuple(r[c] for c in names) for r in data if whole or scored or wanted(r)]
     if not rows: raise InputError("the training set holds no positive pair")
     q, d = {}, {}
     label = [[q.setdefault(a, len(q)), d.setdefault(p, len(d))] for a, p, *_ in rows]
     return Dataset.from_dict(dict(zip(names, map(list, zip(*rows)))) | {"label": label})
+
+def title_pairs(data: Retrieval) -> Dataset: # anchor, positive
+    "Pair each document's title with its text: questions that nobody had to write."
+    rows = [(d["title"].strip(), d["text"].strip()) for d in data.corpus.values() if normalise(d.get("title") or "") and normalise(d["text"])]
+    if not rows: raise InputError(f"{data.name}: none of its {len(data.corpus):,} documents has a title and a text")
+    return Dataset.from_dict(dict(zip(("anchor", "positive"), map(list, zip(*rows)))))
 
 def as_retrieval(data: Retrieval | Dataset, name: str, split: str) -> Retrieval:
     "Make a retrieval set of pairs: anchors ask, all positives together are the corpus."

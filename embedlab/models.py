@@ -76,7 +76,7 @@ def machine(cfg: Measuring = make_config() # precision and attention
     bf16 = has_bf16(device) if cfg.precision == "auto" else cfg.precision == "bf16"
     return Machine(device, bf16, cfg.attention, torch.get_num_threads())
 
-# %% ../nbs/08_models.ipynb #965fff00
+# %% ../nbs/08_models.ipynb #30b0ed44
 def load_model(name: str,                   # minilm, a hub id or a folder
                max_tokens: int | None = None, # longest text, in tokens; the model's own limit without
                on: Machine | None = None      # where to compute; found out without
@@ -95,8 +95,8 @@ def load_model(name: str,                   # minilm, a hub id or a folder
         raise InputError(f"base '{name}' could not be loaded ({type(e).__name__}: {(str(e) or 'no message').strip().splitlines()[0][:200]}); give minilm, a hub id that can be reached, or a folder") from None
     if (rows := getattr(getattr(model[0], "auto_model", None), "config", None)) and len(model.tokenizer) > getattr(rows, "vocab_size", 1 << 62):
         raise InputError(f"base '{name}': its tokenizer has {len(model.tokenizer):,} entries, its table of word vectors {rows.vocab_size:,} rows; the two are from different models")
-    own = {k: v for k, v in (model.prompts or {}).items() if v}
-    model.prompts = {**known_prompts(name if name == "minilm" else _origin(model, place)), **own}
+    own = model.prompts or {}
+    if "text" not in own: model.prompts = {**known_prompts(name if name == "minilm" else _origin(model, place)), **{k: v for k, v in own.items() if v}}   # who names that kind has said all, also that there are none
     limit = model.max_seq_length or 512
     if max_tokens and max_tokens > limit:
         raise InputError(f"max_tokens {max_tokens} is more than the {limit} tokens that base '{name}' can read")

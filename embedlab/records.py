@@ -6,8 +6,8 @@
 __all__ = ['MIME', 'LEADING', 'Record', 'pack', 'unpack', 'rows_of', 'figures_of', 'mark', 'as_text', 'as_html', 'model_card',
            'read_record', 'runs', 'runs_folder']
 
-# %% ../nbs/23_records.ipynb #9288135e
-import base64, html, json, os, warnings, zlib
+# %% ../nbs/23_records.ipynb #dc5afb9d
+import base64, html, json, os, re, warnings, zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -168,19 +168,33 @@ def as_html(r: Record) -> str:
             + _table(["set/metric", "verdict", "before", "after", "difference", "95 % interval", "items", "would have shown"], changed)
             + _table(["set/metric", "figure", "95 % interval", "items"], single) + f"<p><small>{e(' · '.join(facts))}</small></p>")
 
-# %% ../nbs/23_records.ipynb #91e34ef9
+# %% ../nbs/23_records.ipynb #a1aa86c8
+def _limits(r: Record) -> list[str]:
+    "List what a reader must not expect of a model."
+    of = lambda verdict: ", ".join(f"{k} ({m:+.3f})" for k, v, _, _, m, *_ in rows_of(r) if v == verdict)
+    return ([f"Marked: {mark(r)}."] if mark(r) else []) + ([f"Worse than before training: {of('worse')}."] if of("worse") else []) + (
+        [f"Within noise of what it was before training, which shows neither gain nor loss: {of('within noise')}."] if of("within noise") else []) + (
+        [f"Measured on the {r.split} split, which served for choices."] if r.split != "test" else []) + [
+        f"{name}: the base was {known}." for name, known in (r.model.get("trained_on") or {}).items()] + [
+        f"Text beyond {r.model.get('max_tokens')} tokens is not read. Other languages, and kinds of text that are not in the table above, were not measured.",
+        f"One run with seed {r.seed}: another seed gives other figures. The licences of the base and of the training data apply."]
+
 def model_card(r: Record) -> str: # Markdown
-    "Write what a saved model is, what it was trained on, and what that changed."
-    trained = [f"{x['name']} ({x['rows']:,} rows)" for x in r.data if x.get("role") == "train"]
-    start = "nothing" if r.model.get("base") == "scratch" else f"blocks {', '.join(map(str, r.params['blocks']))} of {r.model.get('base')}" if r.params.get("blocks") else r.model.get("base")
-    other = r.model.get("architecture") == "moe_bert"
+    "Write what a saved model is, what it is for, what it was trained on, what that changed, and what it can't do."
+    base, other, leaks = r.model.get("base"), r.model.get("architecture") == "moe_bert", r.leaks or {}
+    hub = "sentence-transformers/all-MiniLM-L6-v2" if base == "minilm" else base if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not Path(base).exists() else None
+    start = "nothing" if base == "scratch" else f"blocks {', '.join(map(str, r.params['blocks']))} of {base}" if r.params.get("blocks") else base
+    trained = [f"- {x['name']}: {x['rows']:,} rows" for x in r.data if x.get("role") == "train"] or ["- no set"]
     rows = [f"| {k} | {v} | {b:.3f} | {a:.3f} | {m:+.3f} [{lo:+.3f}, {hi:+.3f}] | {n:,} |" for k, v, b, a, m, lo, hi, n in rows_of(r)]
     use = ["from sentence_transformers import SentenceTransformer", *(["import embedlab.experts   # makes its architecture known"] if other else []), "", 'model = SentenceTransformer("this folder")']
-    return "\n".join(["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity", "tags: [sentence-transformers, embedlab]", "---", f"# {r.run}", "",
-        f"Trained from {start} on {', '.join(trained) or 'no set'}. {r.model.get('parameters', 0):,} parameters, {r.model.get('width')} dimensions, up to {r.model.get('max_tokens')} tokens, seed {r.seed}.",
-        *(["", "Its layers hold a mixture of experts, which no other library knows: loading it needs embedlab to be installed."] if other else []),
-        *(["", f"**Marked:** {mark(r)}"] if mark(r) else []), "", "```python", *use, "```", "", f"Before and after training, on the {r.split} split, with 95 % intervals:", "",
-        "| figure | verdict | before | after | difference | items |", "| --- | --- | --- | --- | --- | --- |", *rows, ""])
+    return "\n".join(["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity", "tags: [sentence-transformers, embedlab]", *([f"base_model: {hub}"] if hub else []), "---", f"# {r.run}", "",
+        f"Trained from {start}. {r.model.get('parameters', 0):,} parameters, {r.model.get('width')} dimensions, up to {r.model.get('max_tokens')} tokens.",
+        *(["", "Its layers hold a mixture of experts, which no other library knows: loading it needs embedlab to be installed."] if other else []), "", "```python", *use, "```", "",
+        "## Intended use", "", f"Ranking passages for a question and comparing texts, by {r.params.get('similarity', 'cosine')}, on texts like those it was trained and measured on.", "",
+        "## Before and after training", "", f"On the {r.split} split, with 95 % intervals:", "",
+        "| figure | verdict | before | after | difference | items |", "| --- | --- | --- | --- | --- | --- |", *rows, "",
+        "## Training data", "", *trained, *(["", f"Overlap with what was measured: {leaks['policy']}; {leaks.get('dropped', 0):,} of {leaks.get('checked', 0):,} rows were left out."] if leaks.get("policy") else []), "",
+        "## Limits", "", *(f"- {x}" for x in _limits(r)), ""])
 
 # %% ../nbs/23_records.ipynb #425f2c3d
 def read_record(notebook: Path) -> Record | None: # None where the notebook holds no record

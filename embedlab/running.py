@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['MIN_FREE', 'Run', 'start', 'environment', 'peak_rss', 'model_named']
 
-# %% ../nbs/27_running.ipynb #30cdb1f1
+# %% ../nbs/27_running.ipynb #8ca680c2
 import os, platform, shutil, subprocess, sys, time
 from pathlib import Path
+
+from huggingface_hub import HfApi
 
 import embedlab
 from .config import EvaluateConfig, InputError, Measuring, RunConfig, config_from, fingerprint
 from .records import Record, model_card, read_record, runs, runs_folder
 
-# %% ../nbs/27_running.ipynb #141a26d6
+# %% ../nbs/27_running.ipynb #75eacc05
 MIN_FREE = 2 * 2**30   # bytes: two checkpoints of MiniLM with their optimiser states and the model take 0.7 GB; EMBEDLAB_MIN_FREE overrides it
 
 class Run:
@@ -46,6 +48,7 @@ class Run:
             raise InputError(f"{self.folder} holds a run with other settings, data or base model; give another name with run, or fresh=True to replace it")
         try: mark.write_text(r.fingerprint)
         except OSError as e: raise InputError(f"{self.folder} can't be written to ({e.strerror}); free some space or make it writable") from None
+        if self._repository(): self._asked("could not be made", lambda hub, name: hub.create_repo(name, private=True, exist_ok=True))   # before the hours of training
         r.tested_before = sum(x.fingerprint == r.fingerprint and x.status == "completed" and x.split == "test"
                               for x in runs(home)) if cfg.split == "test" else 0
         return self.folder
@@ -58,6 +61,17 @@ class Run:
         if r.kind == "train" and self.folder and (self.folder / "model").is_dir(): (self.folder / "model" / "README.md").write_text(model_card(r))
         self.close()
         return r
+
+    def _repository(self) -> str | None: return getattr(self.cfg, "push_to_hub", None)
+    def _asked(self, fault, what):
+        try: return what(HfApi(), self._repository())
+        except Exception as e:   # whatever the network or the hub's client raises
+            raise InputError(f"push_to_hub: {self._repository()} {fault} ({type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0][:160]}); "
+                             f"log in with `hf auth login` and a token that may write, or leave push_to_hub out") from None
+    def publish(self) -> str: # address of the commit
+        "Upload the finished model with its card to the hub."
+        return str(self._asked(f"was not written to; the model is in {self.folder / 'model'}, and the same command tries again",
+                               lambda hub, name: hub.upload_folder(repo_id=name, folder_path=self.folder / "model", commit_message=f"{self.record.run}, trained with embedlab")))
 
     def fail(self, error: BaseException) -> Record:
         "Close the run as failed."
