@@ -89,7 +89,7 @@ def _from_nano(name: str, split: str) -> Retrieval:
                  {r["_id"]: r["text"] for r in part["queries"]}, qrels, strict=False, empty_ok=True,
                  own_ids="arguana" in name or "quora" in name)
 
-# %% ../nbs/04_collections.ipynb #2e9d4e68
+# %% ../nbs/04_collections.ipynb #aa757cda
 def _from_pydocs(split: str) -> Retrieval:
     made = docstrings.pydocs()
     rows = {r["name"]: r for r in made.rows}
@@ -133,7 +133,8 @@ def load(name: str,             # a known name, a BEIR folder, a folder of SPLIT
         if not Path(name).exists(): raise InputError(f"data set '{name}': no such file or folder (looked from {Path.cwd()})")
         got = _read(Path(name), split, Path(name).stem)
         if got is None:
-            raise MissingSplit(f"data set '{name}': neither corpus.jsonl (BEIR's layout) nor {SPLITS[split][0]}.tsv, .csv or .jsonl in it")
+            texts = next((p.name for end in ("md", "txt") for p in Path(name).rglob(f"*.{end}")), None)
+            raise MissingSplit(f"data set '{name}': neither corpus.jsonl (BEIR's layout) nor {SPLITS[split][0]}.tsv, .csv or .jsonl in it" + (f"; of texts such as {texts} chapter 31 (nbs/31_documents.ipynb) makes a set" if texts else ""))
         return got
     if name == "cqadupstack": raise InputError(f"cqadupstack has {len(CQA)} parts; name one, such as cqadupstack-{CQA[0]}")
     archive, part = ("cqadupstack", name[12:]) if name.startswith("cqadupstack-") and name[12:] in CQA else (name, "")
@@ -196,7 +197,7 @@ def find_overlap(train: Dataset, # rows that would be trained on: anchor, positi
                                      _negatives(train))
     return out
 
-# %% ../nbs/04_collections.ipynb #b075b92f
+# %% ../nbs/04_collections.ipynb #964ef30a
 @dataclass(frozen=True)
 class TrainingSet:
     "Hold one of a run's training sets."
@@ -205,6 +206,7 @@ class TrainingSet:
     known: Dataset    # all judged rows, numbered alike: for masking, and for what must not be mined as a negative
     dev: Retrieval | Pairs # for every choice
     total: int        # rows there were before the caps
+    documents: list[str] | None = None # all that negatives may be mined from; without, the positives of `known`
 
 def _shares(sizes: list[int], most: int | None) -> list[int]: # of each set; together `most`, or all
     "Share a number out by size, by largest remainders; of equal ones the earlier set's is larger."
@@ -223,6 +225,7 @@ def training_sets(names: list[str],             # as for `load`
                   max_pairs: int | None = None,   # rows of all sets together at most, in shares of their size
                   seed: int = 0,                  # of the choice of rows
                   choose: list = (),              # dev splits of other sets that are used for a choice
+                  corpus: bool = False,           # hold the whole corpus of each retrieval set too, to mine in
                   **how                           # as for `training_pairs`
                  ) -> list[TrainingSet]:
     "Load the training sets of a run, each with its dev split."
@@ -233,9 +236,14 @@ def training_sets(names: list[str],             # as for `load`
     shares = _shares([min(len(r), max_per_set or len(r)) for r in rows], max_pairs)
     out, start = [], np.array([0, 0])
     for name, r, (_, known, dev), n in zip(names, rows, got, shares):
-        out.append(TrainingSet(name, _renumber(first_pairs(r, n, seed), start), _renumber(known, start), dev, len(r)))
+        out.append(TrainingSet(name, _renumber(first_pairs(r, n, seed), start), _renumber(known, start), dev, len(r), _corpus(name, **how) if corpus else None))
         start = start + np.max(known["label"][:], 0) + 1
     return out
+
+def _corpus(name: str, titles: bool = True, **_) -> list[str] | None: # None where a set has none
+    data = load(name, "train")
+    if not isinstance(data, Retrieval): return None
+    return [t for t in (data.documents.values() if titles else (d["text"] for d in data.corpus.values())) if normalise(t)]
 
 def _renumber(rows: Dataset, start: np.ndarray) -> Dataset: # start: of the queries' and of the documents' numbers
     return rows if not start.any() else Dataset.from_dict(rows.to_dict() | {"label": (np.array(rows["label"][:]) + start).tolist()})

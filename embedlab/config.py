@@ -22,7 +22,7 @@ class InputError(ValueError):
 # %% ../nbs/00_config.ipynb #7e6f0f7f
 def cache_folder() -> Path: return Path(os.environ.get("EMBEDLAB_CACHE") or user_cache_dir("embedlab"))
 
-# %% ../nbs/00_config.ipynb #4f4e8339
+# %% ../nbs/00_config.ipynb #d7c7ab74
 def _names(v: str | list) -> list: return [n.strip() for n in v.split(",") if n.strip()] if isinstance(v, str) else v
 Names = Annotated[list[str], BeforeValidator(_names)]
 _numbers = BeforeValidator(lambda v: [v] if isinstance(v, int) else _names(v))
@@ -104,6 +104,7 @@ class RunConfig(Starting):
     mix_temperature: float = Field(2.0, ge=1, description="1 is by size, more is more even; only read where mix is temperature")
     negatives: int = Field(0, ge=0, le=32, description="Hard negatives mined for each pair before training; 0 leaves the in-batch ones and those that the data brings")
     miner: Literal["model", "bm25", "both"] = Field("model", description="What ranks the candidates: the base model, BM25 (finds shared words), or half of each")
+    mine_among: Literal["answers", "corpus"] = Field("answers", description="Where negatives are looked for: among the answers to all training queries, or in the whole corpus of a retrieval set")
     mine_from: int = Field(10, ge=1, description="First rank that may be a negative: the very first are often answers that nobody judged")
     mine_to: int = Field(100, ge=1, description="Last rank that may be a negative")
     mine_margin: float = Field(0.05, ge=0, lt=1,

@@ -127,7 +127,7 @@ def live(e: Engine) -> dict:
             "threads": torch.get_num_threads(), "seed": e.args.seed, "device": e.args.device.type,
             "trainable": sum(x.numel() for x in e.model.parameters() if x.requires_grad)}
 
-# %% ../nbs/22_trainer.ipynb #f2f069a0
+# %% ../nbs/22_trainer.ipynb #ec0f8a5c
 def _mined(sets, model, cfg, on, folder, fingerprint, epoch: int) -> list[tuple]:
     "Give every set its mined negatives; those of an epoch are kept, so that a resumed run trains on the same."
     if not cfg.negatives: return [(s.rows, s.known, 0) for s in sets]
@@ -137,7 +137,7 @@ def _mined(sets, model, cfg, on, folder, fingerprint, epoch: int) -> list[tuple]
         path = folder / f"negatives-{fingerprint}-{n}-{epoch if cfg.remine else 0}.parquet"
         if not path.exists():
             part = path.with_suffix(".part")
-            mine(s.rows, s.known, model, cfg, on, cache=not epoch).to_parquet(str(part)); part.replace(path)
+            mine(s.rows, s.known, model, cfg, on, s.documents, cache=not epoch).to_parquet(str(part)); part.replace(path)
         out.append((Dataset.from_parquet(str(path), keep_in_memory=True), s.known, cfg.negatives))
     return out
 

@@ -309,7 +309,7 @@ TOGETHER = {   # settings that only show beside another one
 ELSEWHERE = {   # where the rest is tested
     "test_train.py": {"run", "preset", "evaluate", "split", "similarity", "max_tokens", "base", "train", "leaks", "max_pairs", "max_per_set", "fresh", "checks"},
     "test_engine.py": {"patience", "final", "keep", "resume_from", "processes"}, "test_tuning.py": {"interpolate", "lora_alpha", "lora_rs", "lora_targets"},
-    "test_mining.py": {"miner", "mine_from", "mine_to", "mine_margin", "remine"}, "test_watching.py": {"report_to"},
+    "test_mining.py": {"miner", "mine_among", "mine_from", "mine_to", "mine_margin", "remine"}, "test_watching.py": {"report_to"},
     "test_ranksaga.py": {"prompts", "titles", "push_to_hub"},
     "test_scratch.py": {"blocks", "width", "layers", "heads", "vocabulary", "tokenizer", "experts", "experts_per_token", "capacity", "balance", "init",
                         "texts", "words", "contradictions", "positive_from", "guard", "teacher", "teacher_weight", "choose"}}

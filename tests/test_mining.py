@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from embedlab.collections import load, training_sets
 from embedlab.config import InputError, make_config
 from embedlab.encoding import encode
 from embedlab.mining import Candidates, WordIndex, mine
@@ -136,3 +137,19 @@ def test_another_model_mines_anew(model, tiny_model, known, cache):
     with torch.no_grad():
         for p in other.parameters(): p.add_(0.1 * torch.randn_like(p))
     assert mine(pairs, known, other, settings(), ON).to_dict() != first
+
+
+def test_negatives_come_from_the_whole_corpus_where_that_is_asked_for(toy, tiny_model, tmp_path, monkeypatch):
+    "The toy's training queries have 80 answers among its 120 documents."
+    import embedlab.trainer as t
+    plain, mined = t.mine, {}
+    for among in ("answers", "corpus"):
+        one, = training_sets([str(toy)], corpus=among == "corpus")
+        monkeypatch.setattr(t, "mine", lambda *a, **kw: mined.setdefault(among, plain(*a, **kw)))
+        cfg = make_config(batch_size=16, max_steps=2, precision="fp32", checks=1, negatives=3, mine_from=1, mine_among=among, mine_margin=0)
+        t.fit(load_model(str(tiny_model)), [one], cfg, tmp_path / among, [one.dev], "f")
+    answers = {x for x in one.known["positive"]}
+    every = {k: {d for r in negatives(m) for d in r} for k, m in mined.items()}
+    assert every["answers"] <= answers and len(every["corpus"] - answers) > 20
+    bare, = training_sets([str(toy)], corpus=True, titles=False)
+    assert {*bare.documents} == {d["text"] for d in load(str(toy), "train").corpus.values()}
