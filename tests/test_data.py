@@ -2,6 +2,7 @@
 import hashlib
 import http.server
 import io
+import json
 import os
 import threading
 import zipfile
@@ -218,3 +219,19 @@ def test_no_set_trains_on_anothers_dev(tmp_path, toy):
     touched = set(dev.queries.values()) | {a for x in dev.answers.values() for a in x}
     hits = lambda s: sum(r["anchor"].lower() in touched or r["positive"] in touched for r in s.rows)
     assert hits(alone) > 0 == hits(beside) and len(beside.rows) == len(alone.rows) - hits(alone) == beside.total
+
+
+def test_a_test_document_is_overlap_with_its_title_and_without(tmp_path):
+    "Its title as a question, or its text without the title, shows what the test asks for."
+    folder = write_beir(tmp_path / "titled", {f"d{i}": f"body{i} of{i} words{i}" for i in range(40)}, {f"q{i}": f"ask{i} for{i}" for i in range(40)},
+                        {"train": {f"q{i}": {f"d{i}": 1} for i in range(30)}, "test": {f"q{i}": {f"d{i - 5}": 1} for i in range(30, 40)}})
+    corpus = (folder / "corpus.jsonl").read_text().splitlines()
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(json.loads(x) | {"title": f"heading{n} over{n}"}) + "\n" for n, x in enumerate(corpus)))
+    suite, name = collections.load(str(folder), "test"), str(folder)
+    for rows in (data.training_pairs(collections.load(name, "train")), data.training_pairs(collections.load(name, "train"), titles=False), data.training_pairs(collections.load(name + ":titles", "train"))):
+        leaks = collections.find_overlap(rows, [suite], "drop")["titled"]
+        texts = {suite.corpus[d]["text"] for q in suite.queries for d in suite.relevant(q)}
+        assert {r for r, p in enumerate(rows["positive"]) if any(p.endswith(t) for t in texts)} == {*leaks.rows.nonzero()[0]} and leaks.rows.sum() >= 5
+    assert len(data.title_pairs(suite)) == 40
+    with pytest.raises(collections.MissingSplit, match="is a training set only"): collections.load(name + ":titles", "test")
+    with pytest.raises(InputError, match="none of its .* documents has a title"): collections.load("pydocs:titles", "train")
