@@ -17,7 +17,7 @@ from .data import Retrieval, by_hash, check
 
 # %% ../nbs/31_documents.ipynb #947afc34
 ENDINGS = (".md", ".markdown", ".txt")
-LONGEST, SHORTEST = 120, 8   # words of a passage: with 120 it fits into 256 tokens of English; below 8 it answers nothing
+LONGEST, SHORTEST = 120, 8   # words of a passage: with 120 most fit into MiniLM's 256 tokens; fewer than 8 answer nothing
 
 def _plain(inline) -> str: # a parsed line without marks, links' addresses and pictures
     return "".join(c.content if c.type in ("text", "code_inline") else " " if c.type.endswith("break") else "" for c in inline.children).strip()
@@ -49,7 +49,7 @@ def passages(paragraphs: list[str]) -> list[str]:
         out[-1].append(p); words += n
     return [x for x in map("\n".join, out) if len(x.split()) >= SHORTEST]
 
-# %% ../nbs/31_documents.ipynb #92474591
+# %% ../nbs/31_documents.ipynb #dec82960
 def read_folder(folder: Path # of .md, .markdown and .txt files, in any depth
                ) -> dict[str, list[tuple[str, list[str]]]]: # by path: question and passages of each section
     "Read a folder of texts; hidden files and those without a passage are passed over."
@@ -70,6 +70,7 @@ def own_set(folder: Path, # of texts
            ) -> dict[str, Retrieval]: # train, dev and test
     "Make a retrieval set of a folder of texts: of each ten files two are for the test and one for choices."
     files, out = read_folder(folder), Path(out).expanduser()
+    if Path(folder).expanduser().resolve() in (out.resolve(), *out.resolve().parents): raise InputError(f"{out}: lies in {folder}, whose texts are read; give a folder outside of it")
     if len(files) < 10: raise InputError(f"{folder}: {len(files)} files hold a passage of {SHORTEST} words or more; it takes 10 to hold some out")
     if out.exists() and any(out.iterdir()) and not (out / "corpus.jsonl").exists(): raise InputError(f"{out}: holds other files; give an empty folder, or one that a set was written to before")
     names = [*files]; order = by_hash(names); held = len(names) // 10

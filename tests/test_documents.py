@@ -59,3 +59,11 @@ def test_bad_folders(tmp_path, spoil, says):
 
 def test_a_heading_of_a_part_is_no_title():
     assert sections("## Part\n\nText under a part.\n", "my file") == [("my file", []), ("my file: Part", ["Text under a part."])]
+
+
+def test_the_set_is_not_written_among_the_texts(tmp_path):
+    "A saved model's card would be read as a text of the user's the next time."
+    notes = write(tmp_path / "notes", 12)
+    for out in (notes, notes / "model"):
+        with pytest.raises(InputError, match="lies in .*notes, whose texts are read"): own_set(notes, out)
+    assert not (notes / "corpus.jsonl").exists() and not (notes / "model").exists()
