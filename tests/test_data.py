@@ -235,3 +235,24 @@ def test_a_test_document_is_overlap_with_its_title_and_without(tmp_path):
     assert len(data.title_pairs(suite)) == 40
     with pytest.raises(collections.MissingSplit, match="is a training set only"): collections.load(name + ":titles", "test")
     with pytest.raises(InputError, match="none of its .* documents has a title"): collections.load("pydocs:titles", "train")
+
+
+def test_a_sentence_asks_for_its_document(tmp_path):
+    "The documents are those of the set, so that overlap, masks and mining know them; a test document's sentence goes."
+    text = lambda i: f"Start{i} of{i} the text{i} is{i} here{i}. Then{i} comes{i} a{i} second{i} one{i}! Short."
+    folder = write_beir(tmp_path / "told", {f"d{i}": text(i) for i in range(60)} | {"d60": "Only one sentence stands here, which would find itself."}, {f"q{i}": f"ask{i} for{i}" for i in range(60)},
+                        {"train": {f"q{i}": {f"d{i}": 1} for i in range(40)}, "test": {f"q{i}": {f"d{i}": 1} for i in range(40, 60)}})
+    name, suite = str(folder), collections.load(str(folder), "test")
+    asked = collections.load(f"{name}:sentences", "train")
+    assert len(asked.queries) == 60 and all(asked.queries[q] in asked.documents[d] and asked.queries[q] != "Short." for q, r in asked.qrels.items() for d in r)
+    assert asked.queries == collections.load(f"{name}:sentences", "train").queries, "the choice of sentences is the same each time"
+    own, told = collections.training_sets([name, f"{name}:sentences"], corpus=True)
+    assert len(told.documents) == 61 and told.dev.name == "told:sentences" and len(told.dev.corpus) == 61
+    held = {told.dev.answers[q][0] for q in told.dev.queries} | {own.dev.answers[q][0] for q in own.dev.queries}
+    assert not held & {*told.rows["positive"]}, "no set trains on another's dev documents"
+    leaks = collections.find_overlap(told.rows, [suite], "drop")["told"]
+    test = {suite.documents[d] for q in suite.queries for d in suite.relevant(q)}
+    assert [p in test for p in told.rows["positive"]] == leaks.rows.tolist() and 10 < leaks.rows.sum() <= 20
+    for bad in ("test", "dev"):
+        with pytest.raises(collections.MissingSplit, match="sentences of .* documents ask for them"): collections.load(f"{name}:sentences", bad)
+    with pytest.raises(InputError, match="several sentences of which one holds 5 to 40 words"): data.sentence_set(data.check("bare", "test", {"a": {"text": "One two three. Four."}}, {"q": "x"}, {"q": {"a": 1}}))
