@@ -135,7 +135,7 @@ def load(name: str,             # a known name, a BEIR folder, a folder of SPLIT
         got = _read(Path(name), split, Path(name).stem)
         if got is None:
             texts = next((p.name for end in ("md", "txt") for p in Path(name).rglob(f"*.{end}")), None)
-            raise MissingSplit(f"data set '{name}': neither corpus.jsonl (BEIR's layout) nor {SPLITS[split][0]}.tsv, .csv or .jsonl in it" + (f"; of texts such as {texts} chapter 31 (nbs/31_documents.ipynb) makes a set" if texts else ""))
+            raise MissingSplit(f"data set '{name}': neither corpus.jsonl (BEIR's layout) nor {SPLITS[split][0]}.tsv, .csv or .jsonl in it" + (f"; of texts such as {texts} chapter 33 (nbs/33_documents.ipynb) makes a set" if texts else ""))
         return got
     if name == "cqadupstack": raise InputError(f"cqadupstack has {len(CQA)} parts; name one, such as cqadupstack-{CQA[0]}")
     archive, part = ("cqadupstack", name[12:]) if name.startswith("cqadupstack-") and name[12:] in CQA else (name, "")
