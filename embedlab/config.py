@@ -22,7 +22,7 @@ class InputError(ValueError):
 # %% ../nbs/00_config.ipynb #7e6f0f7f
 def cache_folder() -> Path: return Path(os.environ.get("EMBEDLAB_CACHE") or user_cache_dir("embedlab"))
 
-# %% ../nbs/00_config.ipynb #d7c7ab74
+# %% ../nbs/00_config.ipynb #4308aacd
 def _names(v: str | list) -> list: return [n.strip() for n in v.split(",") if n.strip()] if isinstance(v, str) else v
 Names = Annotated[list[str], BeforeValidator(_names)]
 _numbers = BeforeValidator(lambda v: [v] if isinstance(v, int) else _names(v))
@@ -148,6 +148,12 @@ class RunConfig(Starting):
     lora_targets: Names = Field([], description="Names of the linear layers that LoRA adapts; without any, all in the encoder")
     lora_rs: bool = Field(False, description="Rank-stabilised LoRA: keeps the update's size when the rank grows")
     lora_dora: bool = Field(False, description="DoRA: learns each column's length apart from its direction")
+    # the shape of the cloud
+    isotropy: Literal["sigreg", "covariance", "orthogonal"] | None = Field(None, description="Push each batch's embeddings towards an even cloud: by SIGReg, by their covariance (what guide 001 ran), or to right angles; without one, not")
+    isotropy_weight: float = Field(0.05, ge=0, description="λ of the regulariser; SIGReg's paper has 0.02 to 0.05")
+    isotropy_form: Literal["convex", "added"] = Field("convex", description="(1 - λ) · task + λ · regulariser, or task + λ · regulariser")
+    isotropy_slices: int = Field(256, ge=1, description="Directions that SIGReg draws at each step")
+    std_weight: float = Field(0.0, ge=0, description="Weight of (standard deviation of the embeddings - 1)², guide 001's λ_reg")
     # checks, stopping, averaging
     choose: Names = Field([], description="Sets whose dev split is scored at the checks; without any, the training sets' own")
     checks: int = Field(4, ge=1, description="How often in a run the dev split is scored and a checkpoint is sealed")
@@ -187,6 +193,8 @@ class RunConfig(Starting):
         if self.final == "best" and not {"best", "every"} & {*self.keep}: raise ValueError("final: the best weights are asked for, but keep lets their checkpoint go; name best in keep")
         if self.texts and not (self.teacher or self.dropout): raise ValueError("texts: read twice without dropout a text is the same and nothing is learned; give dropout (0.1), or a teacher")
         if self.words and not self.teacher: raise ValueError("words: where a word alone should lie only a teacher knows; give one, or leave words out")
+        if self.isotropy and self.isotropy_form == "convex" and self.isotropy_weight > 1: raise ValueError(f"isotropy_weight: in the convex form λ is a share, from 0 to 1, not {self.isotropy_weight:g}; lower it, or give isotropy_form=added")
+        if (self.isotropy or self.std_weight) and self.batch_size < 4: raise ValueError(f"batch_size: the shape of {self.batch_size} texts says nothing; isotropy and std_weight need 4 at least")
         if self.experts and self.micro_batch: raise ValueError("micro_batch: the balance of experts is that of a whole batch; leave micro_batch out, or experts")
         if self.batch_size % self.processes: raise ValueError(f"processes: {self.processes} can't share a batch of {self.batch_size} equally")
         return self

@@ -48,7 +48,7 @@ def unit_spread(x: Tensor # (texts, width)
 
 KINDS = {"sigreg": sigreg, "covariance": covariance_distance, "orthogonal": orthogonal}
 
-# %% ../nbs/13_regularising.ipynb #2e22bd0e
+# %% ../nbs/13_regularising.ipynb #ed799b2b
 FEWEST = 4   # texts in a column: of fewer, a test of their shape says nothing
 
 def weighed(task: Tensor, reg: Tensor,
@@ -63,27 +63,37 @@ class IsotropyLoss(nn.Module):
     "Push embeddings towards an even cloud, as a sentence-transformers loss."
     def __init__(self, model: nn.Module,    # a SentenceTransformer
                  kind: str | None = "sigreg", # sigreg, covariance, orthogonal; None for the spread alone
+                 weight: float = 0.05,      # λ, of the kind; the paper has 0.02 to 0.05
+                 convex: bool = True,       # the task's loss is weighed with 1 - λ
                  std_weight: float = 0.0,   # of `unit_spread`, the guide's λ_reg
                  slices: int = 256,         # of SIGReg
                  gather: bool = False       # test the texts of all processes together
                 ):
         super().__init__()
         if kind not in (None, *KINDS): raise InputError(f"isotropy must be one of {', '.join(KINDS)}, not {kind!r}")
-        self.model, self.kind, self.std_weight, self.slices, self.gather = model, kind, std_weight, slices, gather
+        self.model, self.kind, self.weight, self.convex, self.std_weight, self.slices, self.gather = model, kind, weight, convex, std_weight, slices, gather
         self.scale = model.get_embedding_dimension() ** 0.5 if any(type(m).__name__ == "Normalize" for m in model) else 1.0
 
-    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        "Average over the columns."
+    def terms(self, embeddings: list[Tensor] # (batch, width) of each column
+             ) -> tuple[Tensor, Tensor]:     # of the kind and of the spread, unweighed
+        "Average each term over the columns."
         if self.gather and get_world_size() > 1: embeddings = [all_gather_with_grad(e) for e in embeddings]
         if (n := min(map(len, embeddings))) < FEWEST: raise InputError(f"isotropy takes batches of {FEWEST} texts at least, not {n}; raise batch_size")
-        made = []
-        for e in embeddings:
-            e = self.scale * e.float()
-            reg = e.new_zeros(()) if self.kind is None else sigreg(e, self.slices) if self.kind == "sigreg" else KINDS[self.kind](e)
-            made.append(reg + self.std_weight * unit_spread(e) if self.std_weight else reg)
-        return torch.stack(made).mean()
+        scaled = [self.scale * e.float() for e in embeddings]
+        of_kind = {None: lambda e: e.new_zeros(()), "sigreg": lambda e: sigreg(e, self.slices)}.get(self.kind) or KINDS[self.kind]
+        return tuple(torch.stack([*map(f, scaled)]).mean() for f in (of_kind, unit_spread))
+
+    def beside(self, task: Tensor, embeddings: list[Tensor]) -> Tensor:
+        "Put the regulariser beside the loss of a task that saw the same embeddings."
+        of_kind, spread = self.terms(embeddings)
+        return (weighed(task, of_kind, self.weight, self.convex) if self.kind else task) + self.std_weight * spread
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        of_kind, spread = self.terms(embeddings)
+        return self.weight * of_kind + self.std_weight * spread
 
     def forward(self, features: list[dict], labels: Tensor | None = None) -> Tensor:
         return self.compute_loss_from_embeddings([self.model(f)["sentence_embedding"] for f in features], labels)
 
-    def get_config_dict(self) -> dict: return {"isotropy": self.kind, "std_weight": self.std_weight, "slices": self.slices, "scale": self.scale}
+    def get_config_dict(self) -> dict:
+        return {"isotropy": self.kind, "isotropy_weight": self.weight, "isotropy_convex": self.convex, "std_weight": self.std_weight, "slices": self.slices, "scale": self.scale}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cosent', 'distil', 'TrainingLoss']
 
-# %% ../nbs/14_teaching.ipynb #7dbb2ec6
+# %% ../nbs/14_teaching.ipynb #56f0ae1b
 import torch
 import torch.nn.functional as F
 from sentence_transformers.util.distributed import all_gather, all_gather_with_grad
@@ -14,6 +14,7 @@ from torch import Tensor
 from .config import InputError
 from .experts import balance_loss, experts_of
 from .losses import ContrastiveLoss
+from .regularising import IsotropyLoss
 
 # %% ../nbs/14_teaching.ipynb #39e43730
 def cosent(a: Tensor,              # (pairs, width) embeddings of the first texts
@@ -35,17 +36,19 @@ def distil(e: Tensor,      # (texts, width) the student's embeddings
     if e.shape[1] == target.shape[1]: return 1 - (e * target).sum(1).mean()
     return F.mse_loss(e @ e.T, target @ target.T)
 
-# %% ../nbs/14_teaching.ipynb #d6d12d8e
+# %% ../nbs/14_teaching.ipynb #9c54a804
 class TrainingLoss(ContrastiveLoss):
     "Contrast pairs, order scored pairs, follow a teacher: whatever the batch's set gives."
     def __init__(self, model, *args,
                  teacher_weight: float = 0.0, # of `distil`, beside the task's loss; texts alone have it alone
                  balance: float = 0.0,        # of the experts' balance loss, where the model has experts
                  score_temperature: float = 0.05, # divides the cosines of scored pairs; `temperature` those of the others
+                 isotropy: IsotropyLoss | None = None, # of this model, beside everything else
                  **kw                         # as for `ContrastiveLoss`
                 ):
         super().__init__(model, *args, **kw)
         self.teacher_weight, self.balance, self.score_temperature, self.target = teacher_weight, balance if experts_of(model) else 0.0, score_temperature, None
+        self.__dict__["isotropy"] = isotropy   # its model is this one: as a submodule it would be listed twice
         if self.balance and self.micro_batch: raise InputError("micro_batch: the balance of experts is that of a whole batch; leave micro_batch out, or give balance 0")
 
     def embed(self, features: list[dict]) -> list[Tensor]: # (batch, width) of each column
@@ -67,6 +70,7 @@ class TrainingLoss(ContrastiveLoss):
         else: loss = super().calculate_loss([[c] for c in columns], labels)
         if self.target is not None: loss = loss + self.teacher_weight * torch.stack([distil(torch.cat(columns)[:, :w], self.target) for w in widths]).mean()
         if self.balance: loss = loss + self.balance * self.uneven
+        if self.isotropy: loss = self.isotropy.beside(loss, columns)
         if with_backward: loss.backward()
         return loss.detach() if with_backward else loss
 
@@ -78,4 +82,4 @@ class TrainingLoss(ContrastiveLoss):
         if len(features) == 1 and target is None: features = [dict(features[0]), dict(features[0])]
         return super().forward(features, labels)
 
-    def get_config_dict(self) -> dict: return super().get_config_dict() | {"teacher_weight": self.teacher_weight, "balance": self.balance, "score_temperature": self.score_temperature}
+    def get_config_dict(self) -> dict: return super().get_config_dict() | {"teacher_weight": self.teacher_weight, "balance": self.balance, "score_temperature": self.score_temperature} | (self.isotropy.get_config_dict() if self.isotropy else {"isotropy": None})

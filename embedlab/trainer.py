@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['planned_steps', 'warmup_steps', 'dev_loss', 'Interrupted', 'stoppable', 'live', 'fit', 'fit_once']
 
-# %% ../nbs/24_trainer.ipynb #3f9c983b
+# %% ../nbs/24_trainer.ipynb #a5f7daa6
 import contextlib, json, math, os, shutil, signal, socket, tempfile, threading, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from torch.multiprocessing import ProcessRaisedException, start_processes
 from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
@@ -32,6 +33,7 @@ from .losses import info_nce
 from .mining import mine
 from .models import Machine, load_model, machine, set_dropout
 from .packing import attention, choose_attention
+from .regularising import IsotropyLoss
 from .teaching import TrainingLoss
 from .tuning import parameter_groups, prepare
 from .watching import FitLog, Watch, chance_level, reporters
@@ -127,7 +129,7 @@ def live(e: Engine) -> dict:
             "threads": torch.get_num_threads(), "seed": e.args.seed, "device": e.args.device.type,
             "trainable": sum(x.numel() for x in e.model.parameters() if x.requires_grad)}
 
-# %% ../nbs/24_trainer.ipynb #ec0f8a5c
+# %% ../nbs/24_trainer.ipynb #ef95ff6e
 def _mined(sets, model, cfg, on, folder, fingerprint, epoch: int) -> list[tuple]:
     "Give every set its mined negatives; those of an epoch are kept, so that a resumed run trains on the same."
     if not cfg.negatives: return [(s.rows, s.known, 0) for s in sets]
@@ -181,6 +183,12 @@ def _teacher(cfg: RunConfig, on: Machine):
     cache = EmbeddingCache(model, on)
     return lambda texts, kind: encode(model, texts, kind, on, cache=cache)
 
+def _regulariser(model, cfg: RunConfig) -> IsotropyLoss | None:
+    if not (cfg.isotropy or cfg.std_weight): return None
+    wide = cfg.head and [m for m in model if isinstance(m, Dense)][-1].in_features
+    if cfg.isotropy and wide and cfg.head > wide: raise InputError(f"head: {cfg.head} dimensions can't be filled from the base's {wide}, so that no training would make them isotropic; give {wide} or fewer")
+    return IsotropyLoss(model, cfg.isotropy, cfg.isotropy_weight, cfg.isotropy_form == "convex", cfg.std_weight, cfg.isotropy_slices, gather=cfg.processes > 1)
+
 def _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, resume, wish) -> FitLog:
     data = Pairs(model, rows, _teacher(cfg, on))
     codes = data.codes if cfg.guard else [np.arange(c.size).reshape(c.shape) for c in data.codes]   # unguarded, no two texts count as equal
@@ -189,7 +197,7 @@ def _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, re
     columns = max(len(c) for c in data.columns)
     log = FitLog(steps=steps, chance=0.0 if cfg.teacher or columns < 2 or any(s is not None for s in data.scores) else chance_level(cfg.batch_size, columns - 1), batch=cfg.batch_size, resumed_from=step_of(resume) if resume else None)
     loss = TrainingLoss(model, cfg.temperature, data.known.tolist() if cfg.guard else None, cfg.matryoshka, about(resume)["micro_batch"] if resume else cfg.micro_batch, gather=cfg.processes > 1,
-                        teacher_weight=cfg.teacher_weight if cfg.teacher else 0.0, balance=cfg.balance, score_temperature=cfg.score_temperature)
+                        teacher_weight=cfg.teacher_weight if cfg.teacher else 0.0, balance=cfg.balance, score_temperature=cfg.score_temperature, isotropy=_regulariser(model, cfg))
     tester = _Dev(dev, on, limit, cfg)
     groups = parameter_groups(model, cfg)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=on.device in ("cpu", "cuda"))
