@@ -13,16 +13,15 @@ from torch import Tensor, nn
 
 from .config import InputError
 
-# %% ../nbs/13_regularising.ipynb #6ec19ef9
+# %% ../nbs/13_regularising.ipynb #b5d0e6f2
 def sigreg(x: Tensor,             # (texts, width) embeddings that have a length of their own: not scaled to 1
            slices: int = 256,     # directions; the paper's minimal example has 256, its runs 1,024
            knots: int = 17, reach: float = 3.0 # of the integral, as in the paper's code
           ) -> Tensor:            # () about 1.05 for a standard Gaussian, 0.4 a text where all are one
     "Test projections of a batch for being standard Gaussians (Balestriero and LeCun, arXiv 2511.08544)."
-    x = x.float()
-    if x.device.type == "cpu": directions = torch.randn(x.shape[1], slices)
-    else: directions = torch.randn(x.shape[1], slices, device="cpu").to(x.device)   # the same on every device and rank
-    t = torch.linspace(0, reach, knots, device=x.device)
+    x = x if x.dtype == torch.float64 else x.float()
+    directions = torch.randn(x.shape[1], slices).to(x)   # the same on every device and rank
+    t = torch.linspace(0, reach, knots).to(x)
     weight = torch.full_like(t, 2 * reach / (knots - 1))
     weight[[0, -1]] /= 2
     gauss = torch.exp(-t ** 2 / 2)
@@ -48,7 +47,7 @@ def unit_spread(x: Tensor # (texts, width)
 
 KINDS = {"sigreg": sigreg, "covariance": covariance_distance, "orthogonal": orthogonal}
 
-# %% ../nbs/13_regularising.ipynb #ed799b2b
+# %% ../nbs/13_regularising.ipynb #305b6ccd
 FEWEST = 4   # texts in a column: of fewer, a test of their shape says nothing
 
 def weighed(task: Tensor, reg: Tensor,
@@ -79,7 +78,9 @@ class IsotropyLoss(nn.Module):
         "Average each term over the columns."
         if self.gather and get_world_size() > 1: embeddings = [all_gather_with_grad(e) for e in embeddings]
         if (n := min(map(len, embeddings))) < FEWEST: raise InputError(f"isotropy takes batches of {FEWEST} texts at least, not {n}; raise batch_size")
-        scaled = [self.scale * e.float() for e in embeddings]
+        with torch.autocast(embeddings[0].device.type, enabled=False): return self._terms([self.scale * e.float() for e in embeddings])
+
+    def _terms(self, scaled):
         of_kind = {None: lambda e: e.new_zeros(()), "sigreg": lambda e: sigreg(e, self.slices)}.get(self.kind) or KINDS[self.kind]
         return tuple(torch.stack([*map(f, scaled)]).mean() for f in (of_kind, unit_spread))
 

@@ -74,6 +74,14 @@ def test_half_precision_does_not_overflow():
         assert torch.isfinite(torch.autograd.grad(loss, x)[0]).all(), kind
 
 
+def test_training_in_bfloat16_leaves_the_sums_in_float32():
+    x = torch.randn(32, 16)
+    for kind in KINDS:
+        loss = IsotropyLoss(Model(), kind, 1.0)
+        torch.manual_seed(2); want = loss.compute_loss_from_embeddings([x])
+        with torch.autocast("cpu", torch.bfloat16): torch.manual_seed(2); assert loss.compute_loss_from_embeddings([x]) == want, kind
+
+
 @pytest.mark.parametrize("settings, says", [
     (dict(isotropy="sigreg", isotropy_weight=-0.1), "isotropy_weight must be at least 0, not -0.1"),
     (dict(isotropy="sigreg", isotropy_weight=1.2), "in the convex form λ is a share, from 0 to 1, not 1.2"),
