@@ -22,7 +22,7 @@ from .data import (NLI, Labelled, MissingSplit, Pairs, Retrieval, as_retrieval, 
                            check, first_pairs, negative_columns, read_beir, read_rows, sentence_set, shrink, title_pairs, training_pairs)
 from .leaks import Leaks, apply_policy, find_leaks, find_pair_leaks, normalise
 
-# %% ../nbs/04_collections.ipynb #12e8dfda
+# %% ../nbs/04_collections.ipynb #8e86249e
 BEIR_URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{}.zip"
 BEIR = {  # MD5 of each public archive, from the table in BEIR's README
     "msmarco": "444067daf65d982533ea17ebd59501e4", "trec-covid": "ce62140cb23feb9becf6270d0d1fe6d1",
@@ -42,7 +42,7 @@ LICENSED = {"bioasq": "http://bioasq.org", "signal1m": "https://research.signal-
             "robust04": "https://trec.nist.gov/data/robust/04.guidelines.html"}
 HUB = {  # hub id, configuration, revision
     "banking77": ("mteb/banking77", None, None), "stsb": ("sentence-transformers/stsb", None, None), "snli": ("stanfordnlp/snli", None, None),
-    "all-nli": ("sentence-transformers/all-nli", "triplet", None), "sick": ("RobZamp/sick", None, "refs/convert/parquet")}
+    "all-nli": ("sentence-transformers/all-nli", "triplet", None), "msmarco-triples": ("sentence-transformers/msmarco-bm25", "triplet", None), "sick": ("RobZamp/sick", None, "refs/convert/parquet")}
 NANO = ("sentence-transformers/NanoBEIR-en", {"nano-" + n.lower(): "Nano" + n for n in
         "ClimateFEVER DBPedia FEVER FiQA2018 HotpotQA MSMARCO NFCorpus NQ QuoraRetrieval SCIDOCS ArguAna SciFact Touche2020".split()})
 JOINED = {"snli-dev-test": ("snli", ("dev", "test"))}   # for those who have no other: a run that trains on them can't report SNLI

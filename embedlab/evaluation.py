@@ -77,7 +77,7 @@ class Scores:
         rows = [at[i] for i in ids]
         return Scores(name, {m: v[rows] for m, v in self.values.items()}, None, list(ids), [self.top[r] for r in rows], self.q[rows], self.d)
 
-# %% ../nbs/17_evaluation.ipynb #577acd69
+# %% ../nbs/17_evaluation.ipynb #4ebdd03a
 def rank(data: Retrieval,
          q: np.ndarray,              # (queries, width) in the order of data.queries
          d: np.ndarray,              # (documents, width) in the order of data.corpus
@@ -102,16 +102,16 @@ def gains_of(data: Retrieval, found: np.ndarray # (queries, k) document rows
 def judged_of(data: Retrieval) -> list[list[int]]: # relevance of all relevant documents of each query
     return [[s for s in data.qrels[q].values() if s > 0] for q in data.queries]
 
-def _retrieval(data: Retrieval, enc, similarity: str) -> Scores:
-    names = list(data.corpus)
-    d = enc([data.documents[n] for n in names], "document", similarity == "cosine")
-    q = enc(list(data.queries.values()), "query", similarity == "cosine")
-    found = rank(data, q, d, DEPTH, similarity)
-    values = ranking_metrics(gains_of(data, found), judged_of(data))
+def _retrieval(data: Retrieval, enc, similarity: str, also: list[str]) -> Scores:
+    names, bare = list(data.corpus), similarity == "cosine" and not also   # of length 1, if nothing but the angle counts
+    d = enc([data.documents[n] for n in names], "document", bare)
+    q = enc(list(data.queries.values()), "query", bare)
+    by = {s: rank(data, q, d, DEPTH, s) for s in dict.fromkeys([similarity, *also])}
+    values, found = {m + suffix: v for s, suffix in [(similarity, ""), *((s, f"-{s}") for s in also)] for m, v in ranking_metrics(gains_of(data, by[s]), judged_of(data)).items()}, by[similarity]
     return Scores(data.name, values, None, list(data.queries), [[names[j] for j in r[:10] if j >= 0] for r in found], q, d)
 
-# %% ../nbs/17_evaluation.ipynb #64ca72c7
-def _pairs(data: Pairs, enc, similarity: str) -> Scores:
+# %% ../nbs/17_evaluation.ipynb #558f5270
+def _pairs(data: Pairs, enc, similarity: str, also: list[str]) -> Scores: # pairs are compared in all three ways in any case
     both = enc(data.a + data.b, "text", False)
     a, b = both[:len(data)].astype(float), both[len(data):].astype(float)
     by = {"": (unit(a) * unit(b)).sum(1), "-dot": (a * b).sum(1), "-euclidean": -np.linalg.norm(a - b, axis=1)}
@@ -120,7 +120,7 @@ def _pairs(data: Pairs, enc, similarity: str) -> Scores:
     order = [first, *(k for k in by if k != first)]
     return Scores(data.name, {kind + name: by[name] for name in order for kind in kinds}, np.array(data.gold))
 
-def _labelled(data: Labelled, enc, similarity: str) -> Scores:
+def _labelled(data: Labelled, enc, similarity: str, also: list[str]) -> Scores: # classes by angles alone
     classes = {c: i for i, c in enumerate(sorted({*data.labels}))}
     truth = np.array([classes[c] for c in data.labels])
     x = enc(data.texts, "text", True)
@@ -141,7 +141,8 @@ def evaluate(model: SentenceTransformer,
              label: str | None = None,     # shows progress under this label
              similarity: str = "cosine",   # cosine, dot or euclidean: how documents are ranked, and which figure of a pair set leads
              split: str = "test",          # of suites given by name
-             cache: bool = True            # keep embeddings on disk, and use those that are there
+             cache: bool = True,           # keep embeddings on disk, and use those that are there
+             also: list[str] = ()          # similarities that documents are ranked by beside that one: ndcg@10-dot and so on
             ) -> list[Scores]:             # one a set, in the order of `suites`
     "Measure a model: rankings, orders of scores, same or different, classes and clusters."
     if isinstance(suites, str): suites = [s.strip() for s in suites.split(",")]
@@ -154,7 +155,7 @@ def evaluate(model: SentenceTransformer,
         whole = next((x for t, x in zip(suites, done) if isinstance(s, Retrieval) and isinstance(t, Retrieval)
                       and t.corpus is s.corpus and s.queries.keys() <= t.queries.keys()), None)
         bar = Bar(f"{s.name} {label}".strip()) if label is not None else None
-        done.append(whole.part(s.name, list(s.queries)) if whole else _measured(model, s, on, kept, similarity, bar))   # a part is ranked already
+        done.append(whole.part(s.name, list(s.queries)) if whole else _measured(model, s, on, kept, similarity, also, bar))   # a part is ranked already
     return done
 
 def speed(scores: list[Scores]) -> dict:
@@ -162,7 +163,7 @@ def speed(scores: list[Scores]) -> dict:
     texts, seconds = sum(s.encoded for s in scores), sum(s.seconds for s in scores)
     return {"encoded_texts": texts, "encode_texts_per_s": round(texts / seconds, 1) if texts else None}
 
-def _measured(model, suite, on, kept, similarity, bar) -> Scores:
+def _measured(model, suite, on, kept, similarity, also, bar) -> Scores:
     "Measure on one set; a model whose embeddings are all equal is refused."
     total, done, distinct, seconds, cut, hits = TEXTS[type(suite)](suite), 0, 0, 0.0, 0, kept.hits if kept else 0
     def enc(texts, kind, length_one):
@@ -174,7 +175,7 @@ def _measured(model, suite, on, kept, similarity, bar) -> Scores:
         if different > 1 and np.ptp(x, axis=0).max() < 1e-6:
             raise InputError(f"{suite.name}: all {len(x)} {kind} embeddings are equal; the model has collapsed")
         return x
-    got = TASKS[type(suite)](suite, enc, similarity)
+    got = TASKS[type(suite)](suite, enc, similarity, also)
     if cut: print(f"{suite.name}: {cut:,} texts reach the limit of {model.max_seq_length} tokens; what lies beyond is not read")
     got.encoded, got.seconds = distinct - (kept.hits - hits if kept else 0), seconds
     return got

@@ -70,7 +70,7 @@ def alignment(a: np.ndarray, # (pairs, width)
     "Average the squared distance of texts that belong together (Wang and Isola, arXiv 2005.10242)."
     return float(((_unit(a) - _unit(b)) ** 2).sum(1).mean())
 
-# %% ../nbs/12_isotropy.ipynb #51a59724
+# %% ../nbs/12_isotropy.ipynb #edb85143
 MOST = 4000   # texts: singular values and all pairs of many more take long
 
 def figures(x: np.ndarray # (texts, width)
@@ -85,12 +85,10 @@ def gaussian(n: int, d: int # texts, width
     "Measure a Gaussian cloud, which is as isotropic as a sample gets."
     return figures(np.random.default_rng(0).standard_normal((n, d)))
 
-def measure(before: np.ndarray,      # (texts, width) of the base model
-            after: np.ndarray | None = None, # (texts, width) of the trained model, which may be of another width
+def measure(after: np.ndarray,       # (texts, width) of the model
+            before: np.ndarray | None = None, # (texts, width) of the base it was trained from, which may be of another width
             most: int = MOST
            ) -> dict: # before, after, gaussian, n and d, as a record holds them
-    "Measure embeddings of the same texts before and after training, beside a Gaussian cloud of the same size."
-    clouds = {"before": before} | ({} if after is None else {"after": after})
-    pick = np.random.default_rng(0).permutation(len(before))[:most]
-    last = [*clouds.values()][-1]
-    return {k: figures(x[pick]) for k, x in clouds.items()} | {"gaussian": gaussian(len(pick), last.shape[1]), "n": len(pick), "d": last.shape[1]}
+    "Measure embeddings of the same texts before and after training, beside a Gaussian cloud of the same size as the latter."
+    pick = np.random.default_rng(0).permutation(len(after))[:most]
+    return {k: figures(x[pick]) for k, x in (("before", before), ("after", after)) if x is not None} | {"gaussian": gaussian(len(pick), after.shape[1]), "n": len(pick), "d": after.shape[1]}

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'MINILM_SHA256', 'known_prompts', 'minilm_folder', 'Machine', 'has_bf16', 'machine', 'load_model',
-           'new_model', 'set_dropout', 'weights_hash', 'describe', 'keep_blocks']
+           'new_model', 'set_dropout', 'weights_hash', 'describe', 'keep_blocks', 'weigh_tokens']
 
-# %% ../nbs/08_models.ipynb #81c4e347
+# %% ../nbs/08_models.ipynb #6dd048c2
 import hashlib, importlib.util, logging, re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
 from transformers.utils import logging as hf_logging
 
 from .config import InputError, Measuring, Starting, make_config
@@ -154,4 +156,21 @@ def keep_blocks(model: SentenceTransformer,
     if blocks[-1] >= len(stack): raise InputError(f"blocks: the base has the blocks 0 to {len(stack) - 1}, and none with the number {blocks[-1]}")
     body.encoder.layer = torch.nn.ModuleList(stack[i] for i in blocks)
     body.config.num_hidden_layers = len(blocks)
+    return model
+
+# %% ../nbs/08_models.ipynb #9ad8254b
+def weigh_tokens(model: SentenceTransformer,
+                 texts: list[str], # where document frequencies are counted; repeats count once
+                 power: float      # of the inverse document frequency: 0 leaves the plain mean
+                ) -> SentenceTransformer: # the same one
+    "Weigh each token of the mean by its inverse document frequency, 1 + ln((1 + texts) / (1 + texts that have it)), as scikit-learn smooths it."
+    at = next((i for i, m in enumerate(model) if isinstance(m, Pooling)), None)
+    if at is None or model[at].pooling_mode not in ("mean", ("mean",)): raise InputError("token_weights: this base does not average its tokens, so there is nothing to weigh; leave token_weights out")
+    if any(isinstance(m, WordWeights) for m in model): raise InputError("token_weights: this base weighs its tokens already; leave token_weights out")
+    tok, unique = model.tokenizer, [*dict.fromkeys(texts)]
+    n = np.zeros(len(tok))
+    for ids in tok(unique, truncation=True, max_length=model.max_seq_length)["input_ids"]: n[[*{*ids}]] += 1
+    idf = 1 + np.log((1 + len(unique)) / (1 + n))
+    vocabulary = tok.convert_ids_to_tokens([*range(len(tok))])
+    model.insert(at, WordWeights(vocabulary, dict(zip(vocabulary, (idf ** power).tolist()))).requires_grad_(False).to(model.device))
     return model

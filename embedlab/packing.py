@@ -87,7 +87,7 @@ def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, # (1, he
 AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)   # where texts end is all it needs to know
 
-# %% ../nbs/10_packing.ipynb #e0f2e82b
+# %% ../nbs/10_packing.ipynb #a1de9217
 FLAT = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 def _body(model): # the module that holds a transformer; None where there is none
@@ -112,9 +112,14 @@ def attention(model: SentenceTransformer,
         inner.set_attn_implementation(before)
         body.can_flatten_inputs, body.model_forward_params = flat, names
 
+class _EndToEnd(DataCollatorWithFlattening):
+    def __call__(self, *args, **kw):
+        out = super().__call__(*args, **kw)
+        return out | {"attention_mask": torch.ones_like(out["input_ids"])}   # sentence-transformers' WordWeights reads it
+
 def _flatten(body):
     body._flatten_position_offset = body._infer_flatten_position_offset()
-    body.data_collator = DataCollatorWithFlattening(return_seq_idx=True, return_flash_attn_kwargs=True, return_position_ids=True)
+    body.data_collator = _EndToEnd(return_seq_idx=True, return_flash_attn_kwargs=True, return_position_ids=True)
     if body.model_forward_params is not None: body.model_forward_params = body.model_forward_params | FLAT
     body.can_flatten_inputs = True
 
@@ -125,8 +130,9 @@ def packs(model: SentenceTransformer) -> bool:
     body = _body(model)
     inner = getattr(body, "auto_model", None)
     if inner is None or not getattr(inner, "is_backend_compatible", lambda: False)(): return False
-    if inner not in _PROBED: _PROBED[inner] = _probe(model)
-    return _PROBED[inner]
+    known = _PROBED.setdefault(inner, {})   # of what follows the transformer, since pooling may differ
+    if len(model) not in known: known[len(model)] = _probe(model)
+    return known[len(model)]
 
 def _probe(model) -> bool:
     texts, training = ["a", "What is packed is not padded.", "Three texts of three lengths. " * 4], model.training

@@ -6,7 +6,7 @@
 __all__ = ['MIME', 'LEADING', 'Record', 'pack', 'unpack', 'rows_of', 'figures_of', 'mark', 'as_text', 'as_html', 'model_card',
            'read_record', 'runs', 'runs_folder']
 
-# %% ../nbs/25_records.ipynb #dc5afb9d
+# %% ../nbs/25_records.ipynb #6e4f2d03
 import base64, html, json, os, re, warnings, zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,9 +15,10 @@ import numpy as np
 
 from .config import InputError
 from .evaluation import Scores
+from .isotropy import measure
 from .significance import FIGURES, compare, correct, interval, kind_of
 
-# %% ../nbs/25_records.ipynb #23143f0c
+# %% ../nbs/25_records.ipynb #780ec74d
 MIME = "application/vnd.embedlab.record+json"
 
 @dataclass
@@ -50,7 +51,7 @@ class Record:
     path: str | None = field(default=None, compare=False) # notebook it was read from; not part of the record
 
     def add_scores(self, before: list[Scores], after: list[Scores]): # one a set, of the same sets; `before` empty where only one model was measured
-        "Keep figures, differences and the scores of single queries; test every difference."
+        "Keep figures, differences and the scores of single queries; test every difference, and measure the cloud of the first corpus."
         tested = {}
         for n, a in enumerate(after):
             b = before[n] if before else None
@@ -67,6 +68,8 @@ class Record:
         leads = [f"{a.name}/{a.leading}" for a in after if before]
         if len(leads) > 1: tested |= correct({k: tested[k] for k in leads})   # one claim a set: the more sets, the stricter
         self.delta |= {k: d.record() for k, d in tested.items()}
+        cloud = next((n for n, a in enumerate(after) if a.d is not None and len(a.d) > 1), None)
+        if cloud is not None: self.isotropy = {"set": after[cloud].name} | measure(after[cloud].d, before[cloud].d if before else None)
 
     def _once(self, values) -> str: # equal values are packed once; the others name their place
         packed = pack(values)
@@ -168,7 +171,7 @@ def as_html(r: Record) -> str:
             + _table(["set/metric", "verdict", "before", "after", "difference", "95 % interval", "items", "would have shown"], changed)
             + _table(["set/metric", "figure", "95 % interval", "items"], single) + f"<p><small>{e(' · '.join(facts))}</small></p>")
 
-# %% ../nbs/25_records.ipynb #a1aa86c8
+# %% ../nbs/25_records.ipynb #beef57db
 def _limits(r: Record) -> list[str]:
     "List what a reader must not expect of a model."
     of = lambda verdict: ", ".join(f"{k} ({m:+.3f})" for k, v, _, _, m, *_ in rows_of(r) if v == verdict)
@@ -188,7 +191,7 @@ def model_card(r: Record) -> str: # Markdown
     rows = [f"| {k} | {v} | {b:.3f} | {a:.3f} | {m:+.3f} [{lo:+.3f}, {hi:+.3f}] | {n:,} |" for k, v, b, a, m, lo, hi, n in rows_of(r)]
     use = ["from sentence_transformers import SentenceTransformer", *(["import embedlab.experts   # makes its architecture known"] if other else []), "", 'model = SentenceTransformer("this folder")']
     return "\n".join(["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity", "tags: [sentence-transformers, embedlab]", *([f"base_model: {hub}"] if hub else []), "---", f"# {r.run}", "",
-        f"Trained from {start}. {r.model.get('parameters', 0):,} parameters, {r.model.get('width')} dimensions, up to {r.model.get('max_tokens')} tokens.",
+        f"Trained from {start}. {r.model.get('parameters', 0):,} parameters, {r.model.get('width')} dimensions, up to {r.model.get('max_tokens')} tokens." + (f" In the mean, tokens weigh by their inverse document frequency to the power {p:g}." if (p := r.params.get("token_weights")) else ""),
         *(["", "Its layers hold a mixture of experts, which no other library knows: loading it needs embedlab to be installed."] if other else []), "", "```python", *use, "```", "",
         "## Intended use", "", f"Ranking passages for a question and comparing texts, by {r.params.get('similarity', 'cosine')}, on texts like those it was trained and measured on.", "",
         "## Before and after training", "", f"On the {r.split} split, with 95 % intervals:", "",

@@ -49,8 +49,8 @@ def warmup_steps(steps: int, cfg: RunConfig) -> int:
     "Read `warmup` as a share of all steps or, from 1 on, as a number of them."
     return int(cfg.warmup) if cfg.warmup >= 1 else math.ceil(steps * cfg.warmup)
 
-# %% ../nbs/24_trainer.ipynb #6948fa9c
-def dev_loss(s: Scores, dev: Retrieval, batch: int, temperature: float) -> float:
+# %% ../nbs/24_trainer.ipynb #b86fdabb
+def dev_loss(s: Scores, dev: Retrieval, batch: int, temperature: float, similarity: str = "cosine") -> float:
     "Compute the training's loss on dev queries and their first relevant documents, from embeddings that are there already."
     place = {d: i for i, d in enumerate(dev.documents)}
     relevant = [{place[d] for d, score in dev.qrels[q].items() if score > 0 and d in place} for q in s.ids]
@@ -59,7 +59,7 @@ def dev_loss(s: Scores, dev: Retrieval, batch: int, temperature: float) -> float
     losses = []
     for r in rows:
         known = torch.tensor([[own[j] in relevant[i] for j in r] for i in r])
-        losses.append(float(info_nce(torch.from_numpy(np.ascontiguousarray(s.q[r])), torch.from_numpy(np.ascontiguousarray(s.d[own[r]])), temperature, known)))
+        losses.append(float(info_nce(torch.from_numpy(np.ascontiguousarray(s.q[r])), torch.from_numpy(np.ascontiguousarray(s.d[own[r]])), temperature, known, similarity=similarity)))
     return sum(losses) / len(losses)
 
 class _Dev(SentenceEvaluator):
@@ -72,7 +72,7 @@ class _Dev(SentenceEvaluator):
             with self.average.in_place() if self.average else contextlib.nullcontext():
                 scores = evaluate(model, self.sets, self.on, similarity=self.cfg.similarity, cache=False)
         finally: model.max_seq_length = short
-        losses = [dev_loss(s, d, self.cfg.batch_size, self.cfg.temperature) for s, d in zip(scores, self.sets) if isinstance(d, Retrieval)]
+        losses = [dev_loss(s, d, self.cfg.batch_size, self.cfg.temperature, self.cfg.similarity) for s, d in zip(scores, self.sets) if isinstance(d, Retrieval)]
         return {"dev": float(np.mean([s.mean() for s in scores]))} | ({"loss": float(np.mean(losses))} if losses else {})
 
 # %% ../nbs/24_trainer.ipynb #98d6ed8e
@@ -129,7 +129,7 @@ def live(e: Engine) -> dict:
             "threads": torch.get_num_threads(), "seed": e.args.seed, "device": e.args.device.type,
             "trainable": sum(x.numel() for x in e.model.parameters() if x.requires_grad)}
 
-# %% ../nbs/24_trainer.ipynb #ef95ff6e
+# %% ../nbs/24_trainer.ipynb #e2c966ad
 def _mined(sets, model, cfg, on, folder, fingerprint, epoch: int) -> list[tuple]:
     "Give every set its mined negatives; those of an epoch are kept, so that a resumed run trains on the same."
     if not cfg.negatives: return [(s.rows, s.known, 0) for s in sets]
@@ -197,7 +197,7 @@ def _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, re
     columns = max(len(c) for c in data.columns)
     log = FitLog(steps=steps, chance=0.0 if cfg.teacher or columns < 2 or any(s is not None for s in data.scores) else chance_level(cfg.batch_size, columns - 1), batch=cfg.batch_size, resumed_from=step_of(resume) if resume else None)
     loss = TrainingLoss(model, cfg.temperature, data.known.tolist() if cfg.guard else None, cfg.matryoshka, about(resume)["micro_batch"] if resume else cfg.micro_batch, gather=cfg.processes > 1,
-                        teacher_weight=cfg.teacher_weight if cfg.teacher else 0.0, balance=cfg.balance, score_temperature=cfg.score_temperature, isotropy=_regulariser(model, cfg))
+                        teacher_weight=cfg.teacher_weight if cfg.teacher else 0.0, balance=cfg.balance, score_temperature=cfg.score_temperature, isotropy=_regulariser(model, cfg), similarity=cfg.similarity)
     tester = _Dev(dev, on, limit, cfg)
     groups = parameter_groups(model, cfg)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=on.device in ("cpu", "cuda"))

@@ -108,6 +108,7 @@ def test_hub_layouts(tmp_path, monkeypatch):
         ("sentence-transformers/stsb", None, "validation"): {"sentence1": ["a b"], "sentence2": ["a c"], "score": [0.8]},
         ("stanfordnlp/snli", None, "train"): {"premise": ["A man runs.", "x y", "z w"], "hypothesis": ["Someone moves.", "no", "so"], "label": [0, 2, -1]},
         ("sentence-transformers/all-nli", "triplet", "train"): {"anchor": ["a"], "positive": ["b"], "negative": ["c"]},
+        ("sentence-transformers/msmarco-bm25", "triplet", "train"): {"query": ["a"], "positive": ["b"], "negative": ["c"]},
         ("RobZamp/sick", None, "test"): {"sentence_A": ["a"], "sentence_B": ["b"], "label": [1], "relatedness_score": [3.2]},
         ("sentence-transformers/NanoBEIR-en", "corpus", "NanoSciFact"): {"_id": ["d1", "d2"], "text": ["one", "two"]},
         ("sentence-transformers/NanoBEIR-en", "queries", "NanoSciFact"): {"_id": ["q1"], "text": ["first?"]},
@@ -125,7 +126,7 @@ def test_hub_layouts(tmp_path, monkeypatch):
     snli = collections.load("snli", "train")
     assert snli["relation"] == ["entailment", "contradiction", "disagreed"]
     assert [r["positive"] for r in data.training_pairs(snli)] == ["Someone moves."]
-    assert collections.load("all-nli", "train")[0]["negative"] == "c"
+    assert collections.load("all-nli", "train")[0] == collections.load("msmarco-triples", "train")[0] == {"anchor": "a", "positive": "b", "negative": "c"}
     assert collections.load("sick", "test")[0] == {"anchor": "a", "positive": "b", "score": 3.2, "relation": "neutral"}
     nano = collections.load("nano-scifact")
     assert (nano.qrels, len(nano.corpus)) == ({"q1": {"d1": 1}}, 2)

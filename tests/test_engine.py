@@ -297,12 +297,13 @@ SEEN = {
     "gradient_checkpointing": (True, lambda e: e["gradient_checkpointing"]), "sort_window": (2, lambda e: e["sort_window"] == 2),
     "lr": (2e-4, lambda e: {g["peak_lr"] for g in e["groups"]} == {2e-4}), "schedule": ("cosine", lambda e: e["schedule"] == "cosine"), "warmup": (7, lambda e: e["warmup_steps"] == 7),
     "weight_decay": (0.02, lambda e: {g["weight_decay"] for g in e["groups"]} == {0.02, 0.0}), "max_grad_norm": (0.5, lambda e: e["max_grad_norm"] == 0.5),
-    "temperature": (0.1, lambda e: e["temperature"] == 0.1), "score_temperature": (0.3, lambda e: e["score_temperature"] == 0.3), "dropout": (0.2, lambda e: e["dropout"] == [0.2]), "train_tokens": (16, lambda e: e["tokens"] == 16),
+    "temperature": (0.1, lambda e: e["temperature"] == 0.1), "score_temperature": (0.3, lambda e: e["score_temperature"] == 0.3), "dropout": (0.2, lambda e: e["dropout"] == [0.2]), "similarity": ("euclidean", lambda e: e["similarity"] == "euclidean"), "train_tokens": (16, lambda e: e["tokens"] == 16),
     "matryoshka": ([16, 8], lambda e: e["widths"] == [16, 8]), "ema": (0.8, lambda e: e["average"] == 0.8), "attention": ("eager", lambda e: e["attention"] == "eager"),
     "precision": ("fp32", lambda e: e["precision"] == "no"), "negatives": (2, lambda e: e["columns"] == [4]), "isotropy": ("covariance", lambda e: e["isotropy"] == "covariance"), "std_weight": (0.5, lambda e: (e["isotropy"], e["std_weight"]) == (None, 0.5)), "compile": (True, lambda e: e["compiled"]),
 }
 TOGETHER = {   # settings that only show beside another one
     "head": (dict(head=16), lambda e: sum(g["numbers"] for g in e["groups"] if g["name"] == "head") == 32 * 16 + 16),
+    "head_hidden": (dict(head=16, head_hidden=24), lambda e: sum(g["numbers"] for g in e["groups"] if g["name"] == "head") == 32 * 24 + 24 + 24 * 16 + 16),
     "head_lr": (dict(head=16, head_lr=5e-3), lambda e: {g["name"]: g["peak_lr"] for g in e["groups"]} == {"base": 1e-3, "head": 5e-3}),
     "tune": (dict(tune="head", head=16), lambda e: e["trainable"] == 32 * 16 + 16),
     "lora_rank": (dict(tune="lora", lora_rank=3, lora_targets="query"), lambda e: e["trainable"] == 2 * 3 * (32 + 32)),
@@ -314,8 +315,8 @@ TOGETHER = {   # settings that only show beside another one
     "mix": (dict(mix="temperature", mix_temperature=3.0), lambda e: (e["mix"], e["mix_temperature"]) == ("temperature", 3.0)),
 }
 ELSEWHERE = {   # where the rest is tested
-    "test_train.py": {"run", "preset", "evaluate", "split", "similarity", "max_tokens", "base", "train", "leaks", "max_pairs", "max_per_set", "fresh", "checks"},
-    "test_engine.py": {"patience", "final", "keep", "resume_from", "processes"}, "test_tuning.py": {"interpolate", "lora_alpha", "lora_rs", "lora_targets"},
+    "test_train.py": {"run", "preset", "evaluate", "split", "also_ranked_by", "max_tokens", "base", "train", "leaks", "max_pairs", "max_per_set", "fresh", "checks", "token_weights"},
+    "test_engine.py": {"patience", "final", "keep", "resume_from", "processes"}, "test_tuning.py": {"unit_length", "interpolate", "lora_alpha", "lora_rs", "lora_targets"},
     "test_mining.py": {"miner", "mine_among", "mine_from", "mine_to", "mine_margin", "remine"}, "test_watching.py": {"report_to"},
     "test_ranksaga.py": {"prompts", "titles", "push_to_hub"},
     "test_scratch.py": {"blocks", "width", "layers", "heads", "vocabulary", "tokenizer", "experts", "experts_per_token", "capacity", "balance", "init",

@@ -12,11 +12,11 @@ import pytest
 from conftest import ROOT, write_beir
 from datasets import Dataset
 
-from embedlab.collections import GROUPS, clean_parts, evaluation_suites, find_overlap, training_sets
+from embedlab.collections import GROUPS, clean_parts, evaluation_suites, find_overlap, load, training_sets
 from embedlab.config import EvaluateConfig, InputError, make_config
 from embedlab.data import check
 from embedlab.encoding import EmbeddingCache, encode
-from embedlab.evaluation import evaluate
+from embedlab.evaluation import evaluate, gains_of, judged_of, rank, ranking_metrics
 from embedlab.models import load_model
 from embedlab.running import model_named, start
 from embedlab.significance import score
@@ -63,6 +63,19 @@ def test_any_model_on_any_set(papermill, small, tiny_model, toy, pairs, topics, 
     assert again.record().after == r.after and again.record().speed["encoded_texts"] == 0
     assert papermill("anew", driver="evaluate", fresh=True, **common).record().speed["encoded_texts"] >= r.speed["encoded_texts"]
 
+    # a control that needs no training: the mean of the training texts' embeddings taken away
+    centred = papermill("centred", driver="evaluate", **common | {"control": "center", "counted_on": toy, "evaluate": toy, "also_ranked_by": "euclidean"})
+    assert centred.code == 0, centred.text
+    rows, = (t.rows for t in training_sets([str(toy)]))
+    base, data = load_model(str(tiny_model)), load(str(toy), "test")
+    mean = base.encode([*{*rows["anchor"], *rows["positive"]}]).mean(0)
+    q, d = (base.encode([*x.values()]) - mean for x in (data.queries, data.documents))
+    ndcg = lambda similarity: ranking_metrics(gains_of(data, rank(data, q, d, similarity=similarity)), judged_of(data))["ndcg@10"].mean()
+    got = centred.record().after
+    assert got["toy/ndcg@10"] == pytest.approx(ndcg("cosine"), abs=1e-6) != r.after["toy/ndcg@10"] and got["toy/ndcg@10-euclidean"] == pytest.approx(ndcg("euclidean"), abs=1e-6)
+    with pytest.raises(InputError, match="control: there are no texts to count on"): start({"control": "center"}, EvaluateConfig)
+    with pytest.raises(InputError, match="nothing is counted"): start({"counted_on": "pydocs"}, EvaluateConfig)
+
     # a run's model by the run's name; a run whose model did not travel says how to have it
     trained = papermill("trained", run="trained", max_steps=2, **small)
     assert trained.code == 0, trained.text
@@ -78,11 +91,13 @@ def test_any_model_on_any_set(papermill, small, tiny_model, toy, pairs, topics, 
 
 
 def test_training_is_measured_on_pairs_and_classes_too(papermill, small, toy, pairs, topics):
-    ran = papermill("kinds", max_steps=2, **small | {"evaluate": f"{pairs},{topics}"})
+    ran = papermill("kinds", max_steps=2, **small | {"evaluate": f"{pairs},{topics},{toy}", "also_ranked_by": "cosine,euclidean"})
     assert ran.code == 0, ran.text
     d = ran.record().delta
+    assert d["toy/ndcg@10-cosine"]["mean"] == d["toy/ndcg@10"]["mean"] != d["toy/ndcg@10-euclidean"]["mean"]   # the tiny model's embeddings have lengths of their own
     assert d["mine/spearman"]["test"] == "bootstrap over pairs" and d["topics/accuracy"]["test"] == "McNemar" and d["mine/spearman"]["n"] == 40
-    assert "no ranking was measured" in ran.path.read_text()
+    only = papermill("pairs", max_steps=2, **small | {"evaluate": pairs})
+    assert "no ranking was measured" in only.path.read_text()
 
 
 def test_bad_settings(papermill, tiny_model, tmp_path, monkeypatch):

@@ -116,5 +116,5 @@ def test_figures_of_a_model_that_broke():
     flat = figures(np.ones((8, 4)))   # a collapse is measured, not an error
     assert flat["isoscore"] == 0 and flat["mean_cosine"] == pytest.approx(1) and flat["eigenvalue_ratio"] == 0
     rng = np.random.default_rng(1)
-    got = measure(rng.standard_normal((50, 8)), rng.standard_normal((50, 4)), most=40)
+    got = measure(after=rng.standard_normal((50, 4)), before=rng.standard_normal((50, 8)), most=40)
     assert (got["n"], got["d"], {*got}) == (40, 4, {"before", "after", "gaussian", "n", "d"})

@@ -20,7 +20,7 @@ def test_a_whole_run(papermill, small, tmp_path):
 
     # the record: schema 1, as the design lists it
     d = r.to_dict()
-    assert d["schema"] == 1 and d["status"] == "completed" and d["run"] == "first" and d["split"] == "test" and d["seed"] == 0 and d["isotropy"] is None
+    assert d["schema"] == 1 and d["status"] == "completed" and d["run"] == "first" and d["split"] == "test" and d["seed"] == 0
     assert d["params"]["epochs"] == 2 and set(d["leaks"]) >= {"policy", "checked", "exact", "near", "shared_documents", "allowed"}
     assert [(x["name"], x["split"], x["rows"]) for x in d["data"]] == [(small["train"].as_posix(), "train", 80), ("toy", "test", 20)] and all(len(x["sha256"]) == 64 for x in d["data"])
     assert d["model"]["parameters"] == d["model"]["trainable"] > 0 and len(d["model"]["sha256"]) == 64
@@ -30,6 +30,11 @@ def test_a_whole_run(papermill, small, tmp_path):
     assert {"train_pairs_per_s", "encode_texts_per_s", "seconds", "peak_rss_bytes"} <= set(d["speed"])
     assert {"embedlab", "git", "python", "torch", "device", "threads"} <= set(d["environment"])
     assert d["after"]["toy/ndcg@10"] > d["before"]["toy/ndcg@10"], "eight steps on the words themselves must teach something"
+
+    # how even the clouds of documents are, beside a Gaussian one of the same size
+    cloud = d["isotropy"]
+    assert (cloud["set"], cloud["n"], cloud["d"]) == ("toy", 120, 32) and all(0 < cloud[k]["isoscore"] < 1 for k in ("before", "after", "gaussian"))
+    assert cloud["before"] != cloud["after"] and cloud["gaussian"]["isoscore"] == pytest.approx(1 / (1 + 32 / 120), abs=0.05)
 
     # per-query scores give the same means and the same verdicts, from the notebook alone, elsewhere, under another name
     import embedlab
@@ -148,3 +153,39 @@ def test_several_training_sets_and_the_record_of_the_engine(papermill, small, to
     more = papermill("more", run="more", **small | {"base": "both", "max_steps": 2})
     assert more.code == 0, more.text
     assert more.record().before == r.after
+
+
+def test_tokens_weigh_in_the_mean_as_scikit_learn_counts_them(papermill, small, tiny_model, tmp_path):
+    "The base is measured as it came, texts that lie end to end give what padded ones give, and the weights don't move in training or merging."
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize
+    from sentence_transformers.sentence_transformer.modules import WordWeights
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from embedlab.collections import evaluation_suites, training_sets
+    from embedlab.evaluation import evaluate
+    from embedlab.models import load_model
+    from embedlab.packing import packs
+    from embedlab.tuning import prepare
+
+    small["base"] = tmp_path / "of unit length"
+    SentenceTransformer(modules=[*load_model(str(tiny_model)), Normalize()]).save(str(small["base"]))
+    ran = papermill(run="weighed", token_weights=0.5, interpolate=0.7, attention="packed", **small)
+    assert ran.code == 0, ran.text[-3000:]
+    r, model = ran.record(), SentenceTransformer(str(papermill.home / "weighed" / "model"), device="cpu")
+    assert isinstance(model[1], WordWeights) and r.engine["attention"] == "packed"
+    rows, = (t.rows for t in training_sets([str(small["train"])]))
+    idf = TfidfVectorizer(analyzer=lambda t: model.tokenizer(t, truncation=True)["input_ids"]).fit([*{*rows["anchor"], *rows["positive"]}])
+    want = {i: w ** 0.5 for i, w in zip(idf.vocabulary_, idf.idf_[[*idf.vocabulary_.values()]])}
+    np.testing.assert_allclose(model[1].emb_layer.weight[[*want], 0].detach(), [*want.values()], rtol=1e-6)
+    base = load_model(str(small["base"]))
+    assert r.before == pytest.approx({f"{s.name}/{m}": s.mean(m) for s in evaluate(base, evaluation_suites([str(small["evaluate"])], "test")[0], cache=False) for m in s.values})
+    assert r.model["trainable"] == r.model["parameters"] == sum(p.numel() for p in base.parameters())
+
+    assert "tokens weigh by their inverse document frequency to the power 0.5" in (papermill.home / "weighed" / "model" / "README.md").read_text()
+
+    assert packs(base) and packs(model)
+    bare = SentenceTransformer(modules=[*model][:-1])      # not brought to unit length: packed, the sum is divided by another number
+    assert not packs(bare)
+    assert not any(p.requires_grad for p in prepare(model, make_config())[1].parameters())
+    saved = str(papermill.home / "weighed" / "model")
+    assert "this base weighs its tokens already" in papermill("more", run="more", token_weights=1, **small | {"base": saved}).text

@@ -36,6 +36,21 @@ def tuned(folder, steps: int = 3, **settings):
     return model.eval(), cfg
 
 
+def test_a_head_of_two_layers_and_embeddings_that_keep_their_length(tiny_model, tmp_path):
+    SentenceTransformer(modules=[*load_model(str(tiny_model)), Normalize()]).save(str(tmp_path))
+    base = load_model(str(tmp_path))
+    model, cfg = tuned(tmp_path, tune="head", head=8, head_hidden=24, unit_length=False, similarity="euclidean", lr=1e-2)
+    assert [(m.in_features, m.out_features) for m in model if isinstance(m, Dense)] == [(32, 24), (24, 8)] and not any(isinstance(m, Normalize) for m in model)
+    assert sum(p.numel() for g in parameter_groups(model, cfg) for p in g["params"]) == 32 * 24 + 24 + 24 * 8 + 8
+    x = torch.from_numpy(base.encode(TEXTS))                       # of length 1 no more, but what two layers make of the base's
+    x = x * load_model(str(tiny_model)).encode(TEXTS, convert_to_tensor=True).norm(dim=1, keepdim=True).cpu()
+    one, two = [m for m in model if isinstance(m, Dense)]
+    assert torch.allclose(two.linear(nn.functional.gelu(one.linear(x))), model.encode(TEXTS, convert_to_tensor=True), atol=1e-5)
+    model.save(str(tmp_path / "out"))
+    assert np.array_equal(SentenceTransformer(str(tmp_path / "out")).encode(TEXTS), model.encode(TEXTS))
+    with pytest.raises(InputError, match="head_hidden: there is no head"): make_config(head_hidden=24)
+
+
 def state(model) -> dict: return {k: v.clone() for k, v in model.state_dict().items()}
 
 
