@@ -103,7 +103,7 @@ class Average:
     def swap(self):
         for n, p in self.weights.items(): other = p.clone(); p.copy_(self.kept[n]); self.kept[n].copy_(other)
 
-# %% ../nbs/23_engine.ipynb #232f58c6
+# %% ../nbs/23_engine.ipynb #246a0a8b
 def out_of_memory(e: BaseException) -> bool:
     "Tell whether an error means that memory ran out; on a processor PyTorch has no class of its own for it."
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e) or "not enough memory" in str(e)
@@ -115,6 +115,10 @@ class Engine(SentenceTransformerTrainer):
         self.begun, self.since, self.checked, self.tokens, self.by_set = None, [], [], 0, {}   # this optimiser step and its batches; what is still to be looked at; trained on; each set's losses since the last entry of the log
         super().__init__(*args, train_dataset=data, **kw)
         self.average, self.mine_again = Average(self.model, cfg.ema) if cfg.ema else None, None
+        of = dict(zip(cfg.train, cfg.set_lr))
+        self.pace = [of.get(n, cfg.lr) / cfg.lr for n in batches.names]   # of each set's steps, as a share of the schedule's rate
+
+    def _get_learning_rate(self) -> float: return self.optimizer.param_groups[0]["lr"]   # what was used, not what was planned
 
     def refresh(self, epoch: int):
         "Take the negatives of an epoch, where they are mined anew in each."
@@ -134,6 +138,9 @@ class Engine(SentenceTransformerTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         if self.begun != self.state.global_step: self.begun, self.since = self.state.global_step, []   # a new optimiser step
         self.since.append((inputs, torch.get_rng_state()))
+        pace = self.pace[self.data.set_of(inputs["rows"])]
+        if pace != 1:
+            for g in self.optimizer.param_groups: g["lr"] *= pace   # for this step: the schedule sets it anew afterwards
         try: loss = super().training_step(model, inputs, num_items_in_batch)
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e): raise

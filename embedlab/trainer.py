@@ -111,14 +111,14 @@ class _Control(TrainerCallback):
         if used_up(state.log_history, self.engine.cfg.patience):
             control.should_training_stop, self.log.stopped = True, _why(state, self.engine.cfg)
 
-# %% ../nbs/24_trainer.ipynb #1f342bbd
+# %% ../nbs/24_trainer.ipynb #c4020c2e
 def live(e: Engine) -> dict:
     "Describe a run by the objects that ran it."
     opt, loss, body = getattr(e.optimizer, "optimizer", e.optimizer), e.loss, e.model[0]
     p = sorted({m.p for m in e.model.modules() if isinstance(m, torch.nn.Dropout)})
     return {"optimizer": type(opt).__name__, "fused": bool(opt.defaults.get("fused")),
             "groups": [{"name": g.get("name"), "peak_lr": g.get("initial_lr", g["lr"]), "weight_decay": g["weight_decay"], "numbers": sum(x.numel() for x in g["params"])} for g in opt.param_groups],
-            "schedule": e.args.lr_scheduler_type.value, "warmup_steps": e.args.warmup_steps, "steps": e.state.max_steps, "ran": e.state.global_step,
+            "set_lr": {n: e.args.learning_rate * p for n, p in zip(e.batches.names, e.pace)}, "schedule": e.args.lr_scheduler_type.value, "warmup_steps": e.args.warmup_steps, "steps": e.state.max_steps, "ran": e.state.global_step,
             "max_grad_norm": e.args.max_grad_norm, "accumulate": e.args.gradient_accumulation_steps,
             "batch": e.batches.batch_size, "batches": len(e.batches), "mix": e.batches.mix, "mix_temperature": e.batches.temperature, "sort_window": e.batches.window, "order_seed": e.batches.seed,
             "rows": len(e.data), "columns": [len(c) for c in e.data.columns], "tokens": e.model.max_seq_length, "cut": e.data.cut, "processes": e.args.world_size,

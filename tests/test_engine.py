@@ -316,7 +316,7 @@ TOGETHER = {   # settings that only show beside another one
 }
 ELSEWHERE = {   # where the rest is tested
     "test_train.py": {"run", "preset", "evaluate", "split", "also_ranked_by", "max_tokens", "base", "train", "leaks", "max_pairs", "max_per_set", "fresh", "checks", "token_weights"},
-    "test_engine.py": {"patience", "final", "keep", "resume_from", "processes"}, "test_tuning.py": {"unit_length", "interpolate", "lora_alpha", "lora_rs", "lora_targets"},
+    "test_engine.py": {"set_lr", "patience", "final", "keep", "resume_from", "processes"}, "test_tuning.py": {"unit_length", "interpolate", "lora_alpha", "lora_rs", "lora_targets"},
     "test_mining.py": {"miner", "mine_among", "mine_from", "mine_to", "mine_margin", "remine"}, "test_watching.py": {"report_to"},
     "test_ranksaga.py": {"prompts", "titles", "push_to_hub"},
     "test_scratch.py": {"blocks", "width", "layers", "heads", "vocabulary", "tokenizer", "experts", "experts_per_token", "capacity", "balance", "init",
@@ -349,6 +349,25 @@ def test_the_rates_are_the_schedule(here):
     assert [r for _, r in log.rate] == pytest.approx(want)
     flat = here("flat", warmup=5, checks=1, schedule="constant")[0]
     assert [r for _, r in flat.rate] == pytest.approx([1e-3 * min(k / 5, 1) for k in range(n)])
+
+
+def test_each_set_has_its_own_rate(tiny_model, two, tmp_path):
+    "Steps of the second set go at a fifth of the schedule, the others as it says, and a step at rate r is a step at rate r."
+    names = [*map(str, two)]
+    sets = training_sets(names)
+    cfg = make_config(**BASE | {"train": names, "set_lr": "1e-3,2e-4", "warmup": 5, "checks": 1, "epochs": 1})
+    log = fit(load_model(str(tiny_model)), sets, cfg, tmp_path / "own", [sets[0].dev], "x")
+    n = log.steps
+    slow = {s for s, _ in log.by_set[sets[1].name]}
+    want = [(2e-4 if k + 1 in slow else 1e-3) * (k / 5 if k < 5 else (n - k) / (n - 5)) for k in range(n)]
+    assert 0 < len(slow) < n and [r for _, r in log.rate] == pytest.approx(want)
+    assert log.engine["set_lr"] == pytest.approx({sets[0].name: 1e-3, sets[1].name: 2e-4})
+    alone, all_slow = (load_model(str(tiny_model)) for _ in range(2))   # one set: a rate of its own is that rate
+    fit(alone, sets[1:], make_config(**BASE | {"train": names[1:], "set_lr": [2e-4], "checks": 1}), tmp_path / "a", [sets[1].dev], "x")
+    fit(all_slow, sets[1:], make_config(**BASE | {"train": names[1:], "lr": 2e-4, "checks": 1}), tmp_path / "b", [sets[1].dev], "x")
+    for p, q in zip(alone.parameters(), all_slow.parameters()): assert torch.allclose(p, q, atol=1e-6)
+    for bad, line in ((dict(set_lr="1e-3"), "1 rates for 2 training sets"), (dict(set_lr="1e-3,1e-4", accumulate=2), "averages batches of several sets")):
+        with pytest.raises(InputError, match=line): make_config(train=names, **bad)
 
 
 @pytest.mark.slow
