@@ -77,7 +77,7 @@ class Scores:
         rows = [at[i] for i in ids]
         return Scores(name, {m: v[rows] for m, v in self.values.items()}, None, list(ids), [self.top[r] for r in rows], self.q[rows], self.d)
 
-# %% ../nbs/17_evaluation.ipynb #4ebdd03a
+# %% ../nbs/17_evaluation.ipynb #30b013a2
 def rank(data: Retrieval,
          q: np.ndarray,              # (queries, width) in the order of data.queries
          d: np.ndarray,              # (documents, width) in the order of data.corpus
@@ -106,9 +106,10 @@ def _retrieval(data: Retrieval, enc, similarity: str, also: list[str]) -> Scores
     names, bare = list(data.corpus), similarity == "cosine" and not also   # of length 1, if nothing but the angle counts
     d = enc([data.documents[n] for n in names], "document", bare)
     q = enc(list(data.queries.values()), "query", bare)
-    by = {s: rank(data, q, d, DEPTH, s) for s in dict.fromkeys([similarity, *also])}
-    values, found = {m + suffix: v for s, suffix in [(similarity, ""), *((s, f"-{s}") for s in also)] for m, v in ranking_metrics(gains_of(data, by[s]), judged_of(data)).items()}, by[similarity]
-    return Scores(data.name, values, None, list(data.queries), [[names[j] for j in r[:10] if j >= 0] for r in found], q, d)
+    found = {s: rank(data, q, d, DEPTH, s) for s in dict.fromkeys([similarity, *also])}
+    by = {s: ranking_metrics(gains_of(data, f), judged_of(data)) for s, f in found.items()}
+    values = by[similarity] | {f"{m}-{s}": v for s in also for m, v in by[s].items()}
+    return Scores(data.name, values, None, list(data.queries), [[names[j] for j in r[:10] if j >= 0] for r in found[similarity]], q, d)
 
 # %% ../nbs/17_evaluation.ipynb #558f5270
 def _pairs(data: Pairs, enc, similarity: str, also: list[str]) -> Scores: # pairs are compared in all three ways in any case

@@ -34,13 +34,13 @@ class WordIndex:
     def scores(self, query: str) -> np.ndarray: # (documents,) float32; 0 where no word is shared
         return self.index.get_scores_from_ids([self.ids[w] for w in words(query) if w in self.ids])
 
-# %% ../nbs/20_mining.ipynb #4485c2e6
-def _by_model(queries, docs, k, asks, own, model, on, cache):
-    "Rank by cosine, which is what the loss trains."
-    keep = EmbeddingCache(model, on) if cache else None
-    q, d = (encode(model, t, kind, on, cache=keep) for t, kind in ((queries, "query"), (docs, "document")))
-    scores, found = exact_search(q, d, k)
-    return scores, found, np.array([q[i] @ d[j] for i, j in zip(asks, own)])
+# %% ../nbs/20_mining.ipynb #31300bc9
+def _by_model(queries, docs, k, asks, own, model, on, cache, similarity):
+    "Rank by the similarity that the loss trains."
+    keep, cosine = EmbeddingCache(model, on) if cache else None, similarity == "cosine"
+    q, d = (encode(model, t, kind, on, length_one=cosine, cache=keep) for t, kind in ((queries, "query"), (docs, "document")))
+    scores, found = exact_search(q, d, k, similarity=similarity)
+    return scores, found, np.array([-np.linalg.norm(q[i] - d[j]) if similarity == "euclidean" else q[i] @ d[j] for i, j in zip(asks, own)])
 
 def _by_words(queries, docs, k, asks, own):
     "Rank by BM25; a document without a shared word is no candidate."
@@ -54,7 +54,7 @@ def _by_words(queries, docs, k, asks, own):
         scores[i], at[rows[i]] = s[found[i]], s[own[rows[i]]]
     return scores, np.where(scores > 0, found, -1), at
 
-# %% ../nbs/20_mining.ipynb #49443a4d
+# %% ../nbs/20_mining.ipynb #aa782749
 class Candidates:
     "List, for each row, the documents that may be its negatives."
     def __init__(self, pairs: Dataset,         # anchor and positive
@@ -80,7 +80,7 @@ class Candidates:
         if len(self.docs) < cfg.mine_from + cfg.negatives + most:
             raise InputError(f"{len(self.docs)} documents are too few to mine {cfg.negatives} negatives from rank {cfg.mine_from} on; lower mine_from or give more documents")
         args = queries, self.docs, min(cfg.mine_to + most, len(self.docs)), self.asks, self.own
-        return ([_by_model(*args, model, on, cache)] if cfg.miner != "bm25" else []) + ([_by_words(*args)] if cfg.miner != "model" else [])
+        return ([_by_model(*args, model, on, cache, cfg.similarity)] if cfg.miner != "bm25" else []) + ([_by_words(*args)] if cfg.miner != "model" else [])
 
     def of(self, row: int) -> list[list[int]]: # of each ranker: document numbers, best first
         "Apply ranks and margin to the rankings of a row's query."

@@ -78,7 +78,7 @@ def machine(cfg: Measuring = make_config() # precision and attention
     bf16 = has_bf16(device) if cfg.precision == "auto" else cfg.precision == "bf16"
     return Machine(device, bf16, cfg.attention, torch.get_num_threads())
 
-# %% ../nbs/08_models.ipynb #30b0ed44
+# %% ../nbs/08_models.ipynb #e888be34
 def load_model(name: str,                   # minilm, a hub id or a folder
                max_tokens: int | None = None, # longest text, in tokens; the model's own limit without
                on: Machine | None = None      # where to compute; found out without
@@ -143,7 +143,7 @@ def describe(model: SentenceTransformer, name: str # the base's name in the sett
             "trainable": sum(k for k, t in n if t),
             "architecture": getattr(getattr(getattr(model[0], "auto_model", None), "config", None), "model_type", type(model[0]).__name__),
             "width": model.get_embedding_dimension(), "max_tokens": model.max_seq_length, "prompts": model.prompts,
-            "pooling": str(getattr(model[1], "pooling_mode", None)) if len(model) > 1 else None}
+            "pooling": next((str(m.pooling_mode) for m in model if isinstance(m, Pooling)), None)}
 
 # %% ../nbs/08_models.ipynb #814e2560
 def keep_blocks(model: SentenceTransformer,

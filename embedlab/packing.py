@@ -87,7 +87,7 @@ def packed_attention(module, query: Tensor, key: Tensor, value: Tensor, # (1, he
 AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)   # where texts end is all it needs to know
 
-# %% ../nbs/10_packing.ipynb #a1de9217
+# %% ../nbs/10_packing.ipynb #1fa5942b
 FLAT = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 def _body(model): # the module that holds a transformer; None where there is none
@@ -130,9 +130,9 @@ def packs(model: SentenceTransformer) -> bool:
     body = _body(model)
     inner = getattr(body, "auto_model", None)
     if inner is None or not getattr(inner, "is_backend_compatible", lambda: False)(): return False
-    known = _PROBED.setdefault(inner, {})   # of what follows the transformer, since pooling may differ
-    if len(model) not in known: known[len(model)] = _probe(model)
-    return known[len(model)]
+    known, chain = _PROBED.setdefault(inner, {}), tuple(type(m).__name__ for m in model)   # what follows the transformer decides too
+    if chain not in known: known[chain] = _probe(model)
+    return known[chain]
 
 def _probe(model) -> bool:
     texts, training = ["a", "What is packed is not padded.", "Three texts of three lengths. " * 4], model.training

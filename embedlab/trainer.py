@@ -129,7 +129,7 @@ def live(e: Engine) -> dict:
             "threads": torch.get_num_threads(), "seed": e.args.seed, "device": e.args.device.type,
             "trainable": sum(x.numel() for x in e.model.parameters() if x.requires_grad)}
 
-# %% ../nbs/24_trainer.ipynb #e2c966ad
+# %% ../nbs/24_trainer.ipynb #31b99427
 def _mined(sets, model, cfg, on, folder, fingerprint, epoch: int) -> list[tuple]:
     "Give every set its mined negatives; those of an epoch are kept, so that a resumed run trains on the same."
     if not cfg.negatives: return [(s.rows, s.known, 0) for s in sets]
@@ -186,7 +186,7 @@ def _teacher(cfg: RunConfig, on: Machine):
 def _regulariser(model, cfg: RunConfig) -> IsotropyLoss | None:
     if not (cfg.isotropy or cfg.std_weight): return None
     wide = cfg.head and [m for m in model if isinstance(m, Dense)][-1].in_features
-    if cfg.isotropy and wide and cfg.head > wide: raise InputError(f"head: {cfg.head} dimensions can't be filled from the base's {wide}, so that no training would make them isotropic; give {wide} or fewer")
+    if cfg.isotropy and wide and cfg.head > wide: raise InputError(f"head: {cfg.head} dimensions can't be filled from the {wide} that its last layer reads, so that no training would make them isotropic; give {wide} or fewer")
     return IsotropyLoss(model, cfg.isotropy, cfg.isotropy_weight, cfg.isotropy_form == "convex", cfg.std_weight, cfg.isotropy_slices, gather=cfg.processes > 1)
 
 def _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, resume, wish) -> FitLog:

@@ -33,15 +33,14 @@ def add_head(model: SentenceTransformer,
         head = Dense(wide, to, activation_function=bend, init_weight=nn.init.orthogonal_(torch.empty(to, wide)), init_bias=torch.zeros(to))
         model.insert(len(model) - isinstance(model[-1], Normalize), head.to(next(model.parameters())))
 
-# %% ../nbs/09_tuning.ipynb #8b21d037
+# %% ../nbs/09_tuning.ipynb #13563d86
 def add_map(model: SentenceTransformer,
-            texts: list[str],         # whose embeddings are counted; repeats count once
+            x: np.ndarray,            # (texts, width) embeddings that are counted, as the model makes them
             kind: str,                # center, whiten or pca
             width: int | None = None  # directions to keep, the widest first; all without
            ) -> SentenceTransformer:  # the same one
     "Take the mean of embeddings away, make them as wide in every direction, or cut them to the widest directions; in place."
-    x = model.encode([*dict.fromkeys(texts)], show_progress_bar=False).astype(float)
-    wide = x.shape[1]
+    x, wide = x.astype(float), x.shape[1]
     if width and (kind == "center" or width > wide): raise InputError(f"width: {kind} can't give {width} of {wide} dimensions; leave width out" + (", or give fewer" if kind != "center" else ""))
     lam, u = np.linalg.eigh(np.cov(x.T))
     lam, u = lam[::-1], u[:, ::-1][:, :width or wide]

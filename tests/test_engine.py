@@ -355,13 +355,17 @@ def test_each_set_has_its_own_rate(tiny_model, two, tmp_path):
     "Steps of the second set go at a fifth of the schedule, the others as it says, and a step at rate r is a step at rate r."
     names = [*map(str, two)]
     sets = training_sets(names)
-    cfg = make_config(**BASE | {"train": names, "set_lr": "1e-3,2e-4", "warmup": 5, "checks": 1, "epochs": 1})
-    log = fit(load_model(str(tiny_model)), sets, cfg, tmp_path / "own", [sets[0].dev], "x")
+    cfg = make_config(**BASE | {"train": names, "set_lr": "1e-3,2e-4", "warmup": 5, "checks": 2, "epochs": 1, "keep": "every"})
+    whole = load_model(str(tiny_model))
+    log = fit(whole, sets, cfg, tmp_path / "own", [sets[0].dev], "x")
     n = log.steps
     slow = {s for s, _ in log.by_set[sets[1].name]}
     want = [(2e-4 if k + 1 in slow else 1e-3) * (k / 5 if k < 5 else (n - k) / (n - 5)) for k in range(n)]
     assert 0 < len(slow) < n and [r for _, r in log.rate] == pytest.approx(want)
     assert log.engine["set_lr"] == pytest.approx({sets[0].name: 1e-3, sets[1].name: 2e-4})
+    shutil.rmtree(checkpoints(tmp_path / "own")[0])   # the last: from the one before it the run goes on to the same weights
+    again = load_model(str(tiny_model))
+    assert fit(again, sets, cfg, tmp_path / "own", [sets[0].dev], "x").resumed_from and weights_hash(again) == weights_hash(whole)
     alone, all_slow = (load_model(str(tiny_model)) for _ in range(2))   # one set: a rate of its own is that rate
     fit(alone, sets[1:], make_config(**BASE | {"train": names[1:], "set_lr": [2e-4], "checks": 1}), tmp_path / "a", [sets[1].dev], "x")
     fit(all_slow, sets[1:], make_config(**BASE | {"train": names[1:], "lr": 2e-4, "checks": 1}), tmp_path / "b", [sets[1].dev], "x")

@@ -96,7 +96,7 @@ def test_settings_that_make_no_sense(settings, says):
 def test_a_head_wider_than_its_base_is_refused():
     model = load_model("minilm")
     add_head(model, 512)
-    with pytest.raises(InputError, match="512 dimensions can't be filled from the base's 384"): _regulariser(model, make_config(head=512, isotropy="sigreg"))
+    with pytest.raises(InputError, match="512 dimensions can't be filled from the 384 that its last layer reads"): _regulariser(model, make_config(head=512, isotropy="sigreg"))
     assert _regulariser(model, make_config(head=512)) is None
     assert _regulariser(load_model("minilm"), make_config(isotropy="sigreg")).scale == pytest.approx(384 ** 0.5), "MiniLM's embeddings have length 1"
 

@@ -153,3 +153,17 @@ def test_negatives_come_from_the_whole_corpus_where_that_is_asked_for(toy, tiny_
     assert every["answers"] <= answers and len(every["corpus"] - answers) > 20
     bare, = training_sets([str(toy)], corpus=True, titles=False)
     assert {*bare.documents} == {d["text"] for d in load(str(toy), "train").corpus.values()}
+
+
+def test_the_model_ranks_as_the_loss_compares(known, tiny_model):
+    "Embeddings that have lengths of their own stand in another order by distance; no negative is nearer than the margin allows."
+    model, pairs = load_model(str(tiny_model)), known.select(range(N))
+    ranked = {s: Candidates(pairs, known, model, settings(similarity=s), ON, cache=False) for s in ("cosine", "euclidean")}
+    c = ranked["euclidean"]
+    q, d = model.encode(pairs["anchor"][:]), model.encode(c.docs)
+    away = np.linalg.norm(q[:, None] - d[None], axis=2)
+    for r in range(N):
+        window, = c.of(r)
+        assert all(away[r, j] >= away[r, c.own[r]] * (1 + c.cfg.mine_margin) - 1e-4 for j in window)
+        assert np.all(np.diff(away[r, window]) >= -1e-4), "nearest first"
+    assert any(ranked["cosine"].of(r) != c.of(r) for r in range(N))

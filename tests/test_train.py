@@ -163,7 +163,7 @@ def test_tokens_weigh_in_the_mean_as_scikit_learn_counts_them(papermill, small, 
     from sklearn.feature_extraction.text import TfidfVectorizer
     from embedlab.collections import evaluation_suites, training_sets
     from embedlab.evaluation import evaluate
-    from embedlab.models import load_model
+    from embedlab.models import describe, load_model
     from embedlab.packing import packs
     from embedlab.tuning import prepare
 
@@ -186,6 +186,8 @@ def test_tokens_weigh_in_the_mean_as_scikit_learn_counts_them(papermill, small, 
     assert packs(base) and packs(model)
     bare = SentenceTransformer(modules=[*model][:-1])      # not brought to unit length: packed, the sum is divided by another number
     assert not packs(bare)
+    assert packs(SentenceTransformer(modules=[bare[0], bare[2], Normalize()])) and not packs(bare), "as many modules, another answer"
+    assert describe(model, "x")["pooling"] == describe(base, "x")["pooling"] == "mean"
     assert not any(p.requires_grad for p in prepare(model, make_config())[1].parameters())
     saved = str(papermill.home / "weighed" / "model")
     assert "this base weighs its tokens already" in papermill("more", run="more", token_weights=1, **small | {"base": saved}).text
