@@ -68,7 +68,7 @@ def _fill(rows: np.ndarray,  # row numbers, in the order to place them
         else: return np.array(out, np.int64).reshape(-1, size), batch + [row for rows in waiting.values() for row, _ in rows[:2 * REFILL]]
         out.append(batch)
 
-# %% ../nbs/19_batches.ipynb #97f282a4
+# %% ../nbs/19_batches.ipynb #e1fc2721
 class Batches(Sampler):
     """Plan which rows meet in each batch, as a function of (seed, epoch, step) alone.
 
@@ -79,7 +79,7 @@ class Batches(Sampler):
                  codes: list[np.ndarray],   # of each training set: (rows, columns), what `text_codes` gives
                  batch_size: int,           # rows of a batch
                  seed: int = 0,
-                 mix: str = "proportional", # proportional, round_robin or temperature
+                 mix: str = "proportional", # proportional, round_robin, temperature or in_order
                  temperature: float = 2.0,  # of the mix
                  lengths: list[np.ndarray] | None = None, # of each set: (rows,) tokens of each row, for sorting
                  window: int = 1,           # batches of each window that is sorted by length; 1 sorts nothing
@@ -128,6 +128,7 @@ class Batches(Sampler):
     def _sets(self, epoch: int) -> np.ndarray: # (batches,) which set each is of
         k, total, key = len(self.codes), sum(self.counts), (self.seed, epoch, len(self.codes), 0, 2)
         if self.mix == "round_robin": return np.tile(np.arange(k), min(self.counts))
+        if self.mix == "in_order": return np.repeat(np.arange(k), self.counts)
         if self.mix == "proportional": return np.repeat(np.arange(k), self.counts)[_order(total, *key)]
         p = np.cumsum(np.diff(self.starts) ** (1 / self.temperature))
         return np.searchsorted(p[:-1] / p[-1], (np.random.PCG64(key).random_raw(total) >> 11) / 2**53, "right")

@@ -22,7 +22,7 @@ class InputError(ValueError):
 # %% ../nbs/00_config.ipynb #7e6f0f7f
 def cache_folder() -> Path: return Path(os.environ.get("EMBEDLAB_CACHE") or user_cache_dir("embedlab"))
 
-# %% ../nbs/00_config.ipynb #1b151c6c
+# %% ../nbs/00_config.ipynb #0f8dd0fd
 def _names(v: str | list) -> list: return [n.strip() for n in v.split(",") if n.strip()] if isinstance(v, str) else v
 Names = Annotated[list[str], BeforeValidator(_names)]
 Similarity = Literal["cosine", "dot", "euclidean"]
@@ -114,8 +114,8 @@ class RunConfig(Starting):
                                   description="Training pairs to use at most, of all sets together (the first by a seeded shuffle); 2,400 keep the demo under five minutes")
     max_per_set: int | None = Field(None, ge=2,
                                     description="Training pairs to use at most of each set, so that a large one does not drown the others")
-    mix: Literal["proportional", "round_robin", "temperature"] = Field("proportional",
-                                                                       description="How several sets share the batches: by their size, in turn until the smallest is used up, or by size ** (1 / mix_temperature)")
+    mix: Literal["proportional", "round_robin", "temperature", "in_order"] = Field("proportional",
+                                                                       description="How several sets share the batches: by their size, in turn until the smallest is used up, by size ** (1 / mix_temperature), or one after the other while the rate falls")
     mix_temperature: float = Field(2.0, ge=1, description="1 is by size, more is more even; only read where mix is temperature")
     negatives: int = Field(0, ge=0, le=32, description="Hard negatives mined for each pair before training; 0 leaves the in-batch ones and those that the data brings")
     miner: Literal["model", "bm25", "both"] = Field("model", description="What ranks the candidates: the base model, BM25 (finds shared words), or half of each")
@@ -141,7 +141,7 @@ class RunConfig(Starting):
     # optimiser
     lr: float = Field(5e-5, gt=0, le=1, description="Peak learning rate; 2e-5 to 1e-4 suits a small pretrained encoder")
     head_lr: float | None = Field(None, gt=0, le=1, description="Peak learning rate of a new projection head, which starts from nothing; without one, lr")
-    set_lr: Rates = Field([], description="Peak learning rate of each training set's steps, in the order of train: a set that teaches much in little needs less; without any, lr for all")
+    set_lr: Rates = Field([], description="Peak learning rate of each training set's steps, in the order of train, where mix is in_order; without any, lr for all")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="How the rate falls after the warm-up, over all optimiser steps")
     warmup: float = Field(0.1, ge=0,
                           description="Optimiser steps over which the rate rises from zero: a share of all below 1, else a number of steps")
@@ -209,6 +209,7 @@ class RunConfig(Starting):
         if self.tune == "head" and not self.head: raise ValueError("tune: the head alone is to be trained, but there is none; give its width with head")
         if self.set_lr and len(self.set_lr) != len(self.train): raise ValueError(f"set_lr: {len(self.set_lr)} rates for {len(self.train)} training sets; give one for each, in the order of train")
         if self.set_lr and self.accumulate > 1: raise ValueError("set_lr: a step that averages batches of several sets has no rate of its own; give accumulate 1, or leave set_lr out")
+        if self.set_lr and len(self.train) > 1 and self.mix != "in_order": raise ValueError("set_lr: AdamW carries what one set asks for into the next ten steps, at their rate, so that sets which take turns share one; give mix in_order, or leave set_lr out")
         if self.head_hidden and not self.head: raise ValueError("head_hidden: there is no head that it could lie under; give its width with head")
         if self.mine_to < self.mine_from + self.negatives - 1: raise ValueError(f"mine_to: ranks {self.mine_from} to {self.mine_to} hold fewer than {self.negatives} negatives")
         if self.remine and not self.negatives: raise ValueError("remine: there is nothing to mine anew; give negatives")

@@ -117,6 +117,13 @@ def test_round_robin():
     assert len(seen) > 600, "other rows of the large sets in each epoch"
 
 
+def test_in_order():
+    codes = [own(n) for n in (640, 320, 70)]
+    batches = Batches(codes, 32, mix="in_order")
+    assert sets_of(batches, 1).tolist() == [0] * 20 + [1] * 10 + [2] * 2
+    check(batches, codes, 1)
+
+
 def test_temperature():
     sizes = [6400, 1600, 100]
     codes = [own(n) for n in sizes]

@@ -355,7 +355,7 @@ def test_each_set_has_its_own_rate(tiny_model, two, tmp_path):
     "Steps of the second set go at a fifth of the schedule, the others as it says, and a step at rate r is a step at rate r."
     names = [*map(str, two)]
     sets = training_sets(names)
-    cfg = make_config(**BASE | {"train": names, "set_lr": "1e-3,2e-4", "warmup": 5, "checks": 2, "epochs": 1, "keep": "every"})
+    cfg = make_config(**BASE | {"train": names, "mix": "in_order", "set_lr": "1e-3,2e-4", "warmup": 5, "checks": 2, "epochs": 1, "keep": "every"})
     whole = load_model(str(tiny_model))
     log = fit(whole, sets, cfg, tmp_path / "own", [sets[0].dev], "x")
     n = log.steps
@@ -370,7 +370,7 @@ def test_each_set_has_its_own_rate(tiny_model, two, tmp_path):
     fit(alone, sets[1:], make_config(**BASE | {"train": names[1:], "set_lr": [2e-4], "checks": 1}), tmp_path / "a", [sets[1].dev], "x")
     fit(all_slow, sets[1:], make_config(**BASE | {"train": names[1:], "lr": 2e-4, "checks": 1}), tmp_path / "b", [sets[1].dev], "x")
     for p, q in zip(alone.parameters(), all_slow.parameters()): assert torch.allclose(p, q, atol=1e-6)
-    for bad, line in ((dict(set_lr="1e-3"), "1 rates for 2 training sets"), (dict(set_lr="1e-3,1e-4", accumulate=2), "averages batches of several sets")):
+    for bad, line in ((dict(set_lr="1e-3"), "1 rates for 2 training sets"), (dict(set_lr="1e-3,1e-4", accumulate=2), "averages batches of several sets"), (dict(set_lr="1e-3,1e-4"), "give mix in_order")):
         with pytest.raises(InputError, match=line): make_config(train=names, **bad)
 
 
