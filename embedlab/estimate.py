@@ -7,7 +7,7 @@ __all__ = ['PRICES', 'TRIED', 'STEPS', 'SAMPLE', 'REST', 'Prepared', 'prepared',
            'Line', 'check', 'dependencies', 'disk_space', 'whole_checkpoints', 'PreflightConfig', 'presets_of',
            'preflight', 'stop_at_red', 'estimates_table']
 
-# %% ../nbs/34_estimate.ipynb #a1aeb738
+# %% ../nbs/34_estimate.ipynb #dfb61f57
 import contextlib, io, os, random, shutil, tempfile, time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from .batches import Batches, text_codes
 from .checkpoints import checkpoints, fault_of
 from .collections import TrainingSet, clean_parts, dev_sets, evaluation_suites, find_overlap, joined, kept, settle, taken, texts_of, training_sets
 from .config import InputError, Names, RunConfig, make_config
-from .data import Labelled, Pairs, Retrieval, first_pairs
+from .data import Pairs, Retrieval, first_pairs
 from .encoding import EmbeddingCache, encode
 from .engine import Pairs as Tokenised
 from .models import Machine, keep_blocks, load_model, machine, new_model, weigh_tokens, weights_hash
@@ -99,15 +99,15 @@ def steps_tried(cfg: RunConfig, p: Prepared, on: Machine,
             if weights_hash(go(Path(tmp))[0]) != weights_hash(model): raise InputError(f"a run that was continued from step {STEPS // 2} has other weights at step {STEPS}; don't interrupt runs here")
     return log, ready, size
 
-# %% ../nbs/34_estimate.ipynb #8377b1d6
-SAMPLE, REST = 128, 15.0   # texts that stand for all; and seconds for what is not counted: imports, intervals, plots (what runs/demo took beyond the parts below)
+# %% ../nbs/34_estimate.ipynb #e9243392
+SAMPLE, REST = 128, 15.0   # texts that stand for all; and seconds for what is not counted: imports, intervals, plots (a run of isotropy/baseline on two cores: 588 in all, 573 of them for the parts below)
 
 @dataclass
 class Estimate:
     "Hold what a run will take on this machine."
     seconds: dict[str, float]   # of its parts, in their order
     steps: int                  # of the optimiser
-    memory: int                 # bytes, at the peak so far
+    memory: int                 # bytes, at the peak of this process so far: the steps, not the evaluation and plots that follow
     disk: int                   # bytes, of checkpoints and model
     @property
     def total(self) -> float: return sum(self.seconds.values())
@@ -213,7 +213,7 @@ def whole_checkpoints() -> str:
             n += 1
     return f"{n} of interrupted runs, all whole" if n else "no run was interrupted"
 
-# %% ../nbs/34_estimate.ipynb #6cc0bc40
+# %% ../nbs/34_estimate.ipynb #4a94fc29
 class PreflightConfig(BaseModel):
     "Hold the settings of a preflight."
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -255,5 +255,5 @@ def stop_at_red(lines: list[Line]):
 
 def estimates_table(known: dict[str, Estimate], machine: str) -> pd.DataFrame:
     "Lay estimates out, a preset a row."
-    return pd.DataFrame([{"preset": n, "minutes": f"{e.total / 60:.1f}", "steps": f"{e.steps:,}", "of it training": f"{e.seconds['training'] / e.total:.0%}", "memory, GB": f"{e.memory / 1e9:.1f}", "disk, GB": f"{e.disk / 1e9:.1f}",
+    return pd.DataFrame([{"preset": n, "minutes": f"{e.total / 60:.1f}", "steps": f"{e.steps:,}", "of it training": f"{e.seconds['training'] / e.total:.0%}", "memory of the steps, GB": f"{e.memory / 1e9:.1f}", "disk, GB": f"{e.disk / 1e9:.1f}",
                           f"dollars on {machine}": f"{e.total / 3600 * PRICES[machine]:.2f}"} for n, e in known.items()])

@@ -1,4 +1,4 @@
-"Preflight: what would stop a lab's runs is a red line, and the time it says is the time a run takes."
+"Preflight: what would stop a lab's runs is a red line that ends papermill with an error."
 import pytest
 import yaml
 

@@ -180,7 +180,6 @@ def test_tokens_weigh_in_the_mean_as_scikit_learn_counts_them(papermill, small, 
     base = load_model(str(small["base"]))
     assert r.before == pytest.approx({f"{s.name}/{m}": s.mean(m) for s in evaluate(base, evaluation_suites([str(small["evaluate"])], "test")[0], cache=False) for m in s.values})
     assert r.model["trainable"] == r.model["parameters"] == sum(p.numel() for p in base.parameters())
-
     assert "tokens weigh by their inverse document frequency to the power 0.5" in (papermill.home / "weighed" / "model" / "README.md").read_text()
 
     assert packs(base) and packs(model)
