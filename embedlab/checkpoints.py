@@ -106,7 +106,7 @@ def rotate(folder: Path,
     for p in checkpoints(folder)[2 if "last" in keep else 1:]:
         if not ("best" in keep and step_of(p) == best): shutil.rmtree(p)
 
-# %% ../nbs/21_checkpoints.ipynb #77ee6794
+# %% ../nbs/21_checkpoints.ipynb #55bd871a
 def save_model(model: SentenceTransformer,
                folder: Path,                   # of the model; LoRA's adapter alone goes to `adapter` beside it
                share: float | None = None,     # of the tuned weights, the rest is the base's; without it all
@@ -117,6 +117,6 @@ def save_model(model: SentenceTransformer,
     folder, encoder = Path(folder), getattr(model, "transformers_model", None)
     if getattr(encoder, "_hf_peft_config_loaded", False):
         with written_aside(folder.with_name("adapter")) as part: encoder.save_pretrained(str(part))
-    if share: interpolate(base_state, model, share)
+    if share is not None: interpolate(base_state, model, share)
     merge(model)
     with written_aside(folder) as part: model.save(str(part), create_model_card=False)

@@ -22,7 +22,7 @@ class InputError(ValueError):
 # %% ../nbs/00_config.ipynb #7e6f0f7f
 def cache_folder() -> Path: return Path(os.environ.get("EMBEDLAB_CACHE") or user_cache_dir("embedlab"))
 
-# %% ../nbs/00_config.ipynb #0f8dd0fd
+# %% ../nbs/00_config.ipynb #f310def8
 def _names(v: str | list) -> list: return [n.strip() for n in v.split(",") if n.strip()] if isinstance(v, str) else v
 Names = Annotated[list[str], BeforeValidator(_names)]
 Similarity = Literal["cosine", "dot", "euclidean"]
@@ -157,6 +157,8 @@ class RunConfig(Starting):
     # what is trained
     tune: Literal["all", "head", "lora"] = Field("all", description="What is trained: every weight, the projection head alone, or LoRA's small matrices")
     token_weights: float = Field(0.0, ge=0, le=4, description="Weigh the tokens of the mean by this power of their inverse document frequency, counted in the training texts before training; 0: all alike")
+    lexical_dims: int = Field(0, ge=0, le=4096, description="Dimensions appended to the embedding for a text's very words: each token has a fixed random direction, weighed as token_weights says, or else by the plain inverse document frequency; 0: none")
+    lexical_weight: float = Field(0.25, gt=0, le=4, description="Mean square of the appended part's length, beside the dense part's 1: the share of lexical matching in a cosine")
     head: int | None = Field(None, ge=2, description="Width of a projection head put on top; without one there is none")
     head_hidden: int | None = Field(None, ge=2, description="Width of a layer between base and head, with a bend in it (GELU); without one the head is linear")
     unit_length: bool = Field(True, description="Keep the base's last step that scales embeddings to length 1; off leaves them a length of their own, for dot products and distances")
@@ -179,7 +181,7 @@ class RunConfig(Starting):
     patience: int | None = Field(None, ge=1, description="Stop after this many checks without a better dev score")
     final: Literal["last", "best"] = Field("last", description="Which weights leave the run: the last ones, or those of the best check on dev")
     ema: float | None = Field(None, gt=0, lt=1, description="Decay of an exponential moving average of the weights, which then stands for them at every check")
-    interpolate: float | None = Field(None, gt=0, le=1, description="Share of the tuned weights in the final ones, the rest is the base's: protects what the base knew")
+    interpolate: float | None = Field(None, ge=0, le=1, description="Share of the tuned weights in the final ones, the rest is the base's: protects what the base knew; 0 leaves what the settings did before training")
     keep: Names = Field(["last", "best"], description="Checkpoints to keep: last (the newest two), best, every; all are removed when the run is finished, unless every is named")
     resume_from: str | None = Field(None, min_length=1, description="Continue from this checkpoint (its name or folder) instead of the newest")
     push_to_hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$", description="Repository on the hub, OWNER/NAME, that receives the finished model with its card; a new one is private. Without it nothing leaves this machine")

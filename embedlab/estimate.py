@@ -7,7 +7,7 @@ __all__ = ['PRICES', 'TRIED', 'STEPS', 'SAMPLE', 'REST', 'Prepared', 'prepared',
            'Line', 'check', 'dependencies', 'disk_space', 'whole_checkpoints', 'PreflightConfig', 'presets_of',
            'preflight', 'stop_at_red', 'estimates_table']
 
-# %% ../nbs/34_estimate.ipynb #dfb61f57
+# %% ../nbs/34_estimate.ipynb #ba5935e9
 import contextlib, io, os, random, shutil, tempfile, time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from .config import InputError, Names, RunConfig, make_config
 from .data import Pairs, Retrieval, first_pairs
 from .encoding import EmbeddingCache, encode
 from .engine import Pairs as Tokenised
-from .models import Machine, keep_blocks, load_model, machine, new_model, weigh_tokens, weights_hash
+from .models import Machine, append_words, keep_blocks, load_model, machine, new_model, weigh_tokens, weights_hash
 from .records import runs_folder
 from .running import model_named, peak_rss
 from .sweeping import SweepConfig, plan
@@ -59,16 +59,19 @@ def prepared(cfg: RunConfig) -> Prepared:
     choosing = choosing or dev_sets(chosen)
     return Prepared(sets, chosen, texts_of(cfg.texts, [*sets, *choosing], taken(chosen)), choosing, time.perf_counter() - start)
 
-# %% ../nbs/34_estimate.ipynb #85f3a592
+# %% ../nbs/34_estimate.ipynb #f3fc477e
 def base_of(cfg: RunConfig, p: Prepared, on: Machine):
     "Load the model that a run would start from."
     read = [x for t in p.chosen + p.alone for c in t.rows.column_names if c not in ("label", "score") for x in t.rows[c]]
     model = new_model(cfg, read, cfg.max_tokens, on) if cfg.base == "scratch" else load_model(model_named(cfg.base), cfg.max_tokens, on)
     if cfg.blocks: keep_blocks(model, cfg.blocks)
     if not cfg.prompts: model.prompts = dict.fromkeys(model.prompts, "")
-    return model, (lambda: weigh_tokens(model, read, cfg.token_weights)) if cfg.token_weights else None
+    def pool_anew():
+        if cfg.token_weights: weigh_tokens(model, read, cfg.token_weights)
+        if cfg.lexical_dims: append_words(model, read, cfg.lexical_dims, cfg.lexical_weight, cfg.token_weights or 1)
+    return model, pool_anew
 
-# %% ../nbs/34_estimate.ipynb #119ea34f
+# %% ../nbs/34_estimate.ipynb #1722f0a4
 TRIED, STEPS = 2000, 4   # rows of each set, and steps, that stand for all
 
 def _stand_ins(t: TrainingSet, cfg: RunConfig) -> TrainingSet:
@@ -86,8 +89,8 @@ def steps_tried(cfg: RunConfig, p: Prepared, on: Machine,
     few = [_stand_ins(t, cfg) for t in p.chosen + p.alone]
     quick = cfg.model_copy(update=dict(negatives=0, remine=False, max_steps=STEPS, checks=2, keep=["every"], final="last", patience=None, resume_from=None, report_to=[], push_to_hub=None))
     def go(folder):
-        model, weigh = base_of(cfg, p, on)
-        if weigh: weigh()
+        model, pool_anew = base_of(cfg, p, on)
+        pool_anew()
         start = time.perf_counter()
         log = fit(model, few, quick, folder, [], "tried", on)
         return model, log, time.perf_counter() - start - log.seconds
@@ -99,7 +102,7 @@ def steps_tried(cfg: RunConfig, p: Prepared, on: Machine,
             if weights_hash(go(Path(tmp))[0]) != weights_hash(model): raise InputError(f"a run that was continued from step {STEPS // 2} has other weights at step {STEPS}; don't interrupt runs here")
     return log, ready, size
 
-# %% ../nbs/34_estimate.ipynb #e9243392
+# %% ../nbs/34_estimate.ipynb #d43afd4a
 SAMPLE, REST = 128, 15.0   # texts that stand for all; and seconds for what is not counted: imports, intervals, plots (a run of isotropy/baseline on two cores: 588 in all, 573 of them for the parts below)
 
 @dataclass
@@ -140,12 +143,12 @@ def estimate(cfg: RunConfig,
     on = on or machine(cfg)
     p = prepared(cfg)
     start = time.perf_counter()
-    model, weigh = base_of(cfg, p, on)
+    model, pool_anew = base_of(cfg, p, on)
     encode(model, [t for _, t in _texts(p.sets[0])[:16]], "text", on)   # the first ones take longer
     seconds = {"reading the data": p.seconds, "loading the base": time.perf_counter() - start}
     measured = [x for s in p.sets for x in _texts(s)]
     seconds["before"] = _encoding(model, _new(model, measured, on), on)
-    if weigh: weigh()
+    pool_anew()
     mined = [t for t in p.chosen if cfg.negatives and "positive" in t.rows.column_names and "score" not in t.rows.column_names]
     looked_at = [("query", x) for t in mined for x in t.rows["anchor"]] + [("document", x) for t in mined for x in (t.documents or t.known["positive"])]
     seconds["mining"] = _encoding(model, _new(model, looked_at, on), on) * (cfg.epochs if cfg.remine else 1)

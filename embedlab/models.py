@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'MINILM_SHA256', 'known_prompts', 'minilm_folder', 'Machine', 'has_bf16', 'machine', 'load_model',
-           'new_model', 'set_dropout', 'weights_hash', 'describe', 'keep_blocks', 'weigh_tokens']
+           'new_model', 'set_dropout', 'weights_hash', 'describe', 'keep_blocks', 'weigh_tokens', 'append_words']
 
-# %% ../nbs/08_models.ipynb #6dd048c2
+# %% ../nbs/08_models.ipynb #dd5dc1e9
 import hashlib, importlib.util, logging, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
+from sentence_transformers.base.modules import Normalize
+from sentence_transformers.sentence_transformer.modules import Pooling, WordEmbeddings, WordWeights
+from sklearn.feature_extraction.text import CountVectorizer
 from transformers.utils import logging as hf_logging
 
 from .config import InputError, Measuring, Starting, make_config
@@ -158,7 +160,7 @@ def keep_blocks(model: SentenceTransformer,
     body.config.num_hidden_layers = len(blocks)
     return model
 
-# %% ../nbs/08_models.ipynb #9ad8254b
+# %% ../nbs/08_models.ipynb #d612f568
 def weigh_tokens(model: SentenceTransformer,
                  texts: list[str], # where document frequencies are counted; repeats count once
                  power: float      # of the inverse document frequency: 0 leaves the plain mean
@@ -167,10 +169,42 @@ def weigh_tokens(model: SentenceTransformer,
     at = next((i for i, m in enumerate(model) if isinstance(m, Pooling)), None)
     if at is None or model[at].pooling_mode not in ("mean", ("mean",)): raise InputError("token_weights: this base does not average its tokens, so there is nothing to weigh; leave token_weights out")
     if any(isinstance(m, WordWeights) for m in model): raise InputError("token_weights: this base weighs its tokens already; leave token_weights out")
-    tok, unique = model.tokenizer, [*dict.fromkeys(texts)]
-    n = np.zeros(len(tok))
-    for ids in tok(unique, truncation=True, max_length=model.max_seq_length)["input_ids"]: n[[*{*ids}]] += 1
-    idf = 1 + np.log((1 + len(unique)) / (1 + n))
-    vocabulary = tok.convert_ids_to_tokens([*range(len(tok))])
-    model.insert(at, WordWeights(vocabulary, dict(zip(vocabulary, (idf ** power).tolist()))).requires_grad_(False).to(model.device))
+    idf, _ = _idf(model, texts)
+    model.insert(at, _weigh(model, idf ** power))
+    return model
+
+def _idf(model, texts): # of each token of the vocabulary, and the counts of tokens, distinct texts × vocabulary
+    unique = [*dict.fromkeys(texts)]
+    counts = CountVectorizer(analyzer=list, vocabulary=range(len(model.tokenizer))).transform(
+        model.tokenizer(unique, truncation=True, max_length=model.max_seq_length)["input_ids"])
+    return 1 + np.log((1 + len(unique)) / (1 + counts.getnnz(axis=0))), counts
+
+def _weigh(model, weights): # one number for each token
+    vocabulary = model.tokenizer.convert_ids_to_tokens([*range(len(model.tokenizer))])
+    return WordWeights(vocabulary, dict(zip(vocabulary, weights.tolist()))).requires_grad_(False).to(model.device)
+
+# %% ../nbs/08_models.ipynb #5ae54ca8
+def append_words(model: SentenceTransformer,
+                 texts: list[str],   # where document frequencies are counted; repeats count once
+                 dims: int,          # to append
+                 weight: float,      # square of the appended part's length, on average, beside the dense part's 1
+                 power: float = 1.0, # of the inverse document frequency
+                 seed: int = 0       # of the tokens' directions
+                ) -> SentenceTransformer: # the same one
+    "Append to the embedding what its tokens are: each has a random direction, and a text the sum of its tokens' by inverse document frequency, over the root of their number."
+    at, width = next((i for i, m in enumerate(model) if isinstance(m, Pooling)), None), model.get_embedding_dimension()
+    if any(isinstance(m, WordEmbeddings) for m in model): raise InputError("lexical_dims: this base holds its texts' words already; leave lexical_dims out")
+    if at is None or len(model) - at > 2 or not isinstance(model[-1], (Pooling, Normalize)): raise InputError("lexical_dims: this base does more than pool its tokens, so words can't be put beside them; leave lexical_dims out")
+    if (width + dims) % 2: raise InputError(f"lexical_dims: {width} + {dims} dimensions can't be halved, which the library's pooling wants; give {dims + 1}")
+    idf, counts = _idf(model, texts)
+    idf[model.tokenizer.all_special_ids] = 0   # they stand in every text
+    length = np.asarray(counts.multiply(idf ** power).power(2).sum(1) / counts.sum(1)).mean()   # squared; the directions are nearly at right angles
+    r = np.random.default_rng(seed).normal(size=(len(idf), dims))
+    table = r / np.linalg.norm(r, axis=1, keepdims=True) * idf[:, None] ** power * np.sqrt(weight / length)
+    for m in (WordEmbeddings(model.tokenizer, table.astype(np.float32)),
+              _weigh(model, np.ones(len(idf))),   # undoes what a WordWeights before has left in the length
+              Normalize("sentence_embedding", "cls_token_embeddings"),
+              Pooling((width + dims) // 2, ("cls", "mean_sqrt_len_tokens"))): # two parts, which it takes to be equally wide
+        model.insert(at := at + 1, m.to(model.device))
+    if not isinstance(model[-1], Normalize): model.append(Normalize())
     return model

@@ -171,7 +171,7 @@ def as_html(r: Record) -> str:
             + _table(["set/metric", "verdict", "before", "after", "difference", "95 % interval", "items", "would have shown"], changed)
             + _table(["set/metric", "figure", "95 % interval", "items"], single) + f"<p><small>{e(' · '.join(facts))}</small></p>")
 
-# %% ../nbs/25_records.ipynb #beef57db
+# %% ../nbs/25_records.ipynb #c41a355b
 def _limits(r: Record) -> list[str]:
     "List what a reader must not expect of a model."
     of = lambda verdict: ", ".join(f"{k} ({m:+.3f})" for k, v, _, _, m, *_ in rows_of(r) if v == verdict)
@@ -186,12 +186,13 @@ def model_card(r: Record) -> str: # Markdown
     "Write what a saved model is, what it is for, what it was trained on, what that changed, and what it can't do."
     base, other, leaks = r.model.get("base"), r.model.get("architecture") == "moe_bert", r.leaks or {}
     hub = "sentence-transformers/all-MiniLM-L6-v2" if base == "minilm" else base if re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)) and not Path(base).exists() else None
+    saved = r.model | r.model.get("saved", {})   # the base, and what became of it
     start = "nothing" if base == "scratch" else f"blocks {', '.join(map(str, r.params['blocks']))} of {base}" if r.params.get("blocks") else base
     trained = [f"- {x['name']}: {x['rows']:,} rows" for x in r.data if x.get("role") == "train"] or ["- no set"]
     rows = [f"| {k} | {v} | {b:.3f} | {a:.3f} | {m:+.3f} [{lo:+.3f}, {hi:+.3f}] | {n:,} |" for k, v, b, a, m, lo, hi, n in rows_of(r)]
     use = ["from sentence_transformers import SentenceTransformer", *(["import embedlab.experts   # makes its architecture known"] if other else []), "", 'model = SentenceTransformer("this folder")']
     return "\n".join(["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity", "tags: [sentence-transformers, embedlab]", *([f"base_model: {hub}"] if hub else []), "---", f"# {r.run}", "",
-        f"Trained from {start}. {r.model.get('parameters', 0):,} parameters, {r.model.get('width')} dimensions, up to {r.model.get('max_tokens')} tokens." + (f" In the mean, tokens weigh by their inverse document frequency to the power {p:g}." if (p := r.params.get("token_weights")) else ""),
+        f"Trained from {start}. {saved.get('parameters', 0):,} parameters, {saved.get('width')} dimensions, up to {r.model.get('max_tokens')} tokens." + (f" In the mean, tokens weigh by their inverse document frequency to the power {p:g}." if (p := r.params.get("token_weights")) else "") + (f" {d} of the dimensions hold the words of a text: a fixed random direction for each token, weighed by its inverse document frequency." if (d := r.params.get("lexical_dims")) else ""),
         *(["", "Its layers hold a mixture of experts, which no other library knows: loading it needs embedlab to be installed."] if other else []), "", "```python", *use, "```", "",
         "## Intended use", "", f"Ranking passages for a question and comparing texts, by {r.params.get('similarity', 'cosine')}, on texts like those it was trained and measured on.", "",
         "## Before and after training", "", f"On the {r.split} split, with 95 % intervals:", "",

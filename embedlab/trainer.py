@@ -255,7 +255,7 @@ def _worker(rank, tmp, port, sets, cfg, folder, dev, fingerprint, on, limit):
         save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, f"{tmp}/end.safetensors")
         Path(tmp, "log.json").write_text(json.dumps(asdict(log)))
 
-# %% ../nbs/24_trainer.ipynb #8eaee015
+# %% ../nbs/24_trainer.ipynb #36de8544
 def fit_once(model: SentenceTransformer, # the base; not to be used afterwards
              sets: list, cfg: RunConfig,
              folder: Path,            # of the run: model/, checkpoints/ and fit.json go here
@@ -267,7 +267,7 @@ def fit_once(model: SentenceTransformer, # the base; not to be used afterwards
         print("this run is finished; its saved model is measured again (fresh=True trains anew)")
         log = FitLog(**json.loads((folder / "fit.json").read_text()))
     else:
-        base = {k: v.clone() for k, v in model.state_dict().items()} if cfg.interpolate else None
+        base = {k: v.clone() for k, v in model.state_dict().items()} if cfg.interpolate is not None else None
         log = fit(model, sets, cfg, folder / "checkpoints", dev, fingerprint, on)
         save_model(model, saved, cfg.interpolate, base)
         part = folder / "fit.json.part"

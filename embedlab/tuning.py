@@ -123,11 +123,11 @@ def load_adapter(model: SentenceTransformer, # as `prepare` made it, with the sa
     "Put an adapter's weights into a prepared model."
     set_peft_model_state_dict(model.transformers_model, load_peft_weights(str(folder), device="cpu"))
 
-# %% ../nbs/09_tuning.ipynb #039beef7
+# %% ../nbs/09_tuning.ipynb #3b63e088
 @torch.no_grad()
 def interpolate(base_state: dict,           # the base's weights: a copy of `model.state_dict()` from before `prepare`
                 model: SentenceTransformer, # tuned; LoRA's matrices are folded in first
-                share: float                # of the tuned weights, above 0 to 1
+                share: float                # of the tuned weights, 0 to 1
                ):
     "Set each weight to (1 - share) · base + share · tuned, in place (WiSE-FT)."
     merge(model)

@@ -163,7 +163,7 @@ def test_tokens_weigh_in_the_mean_as_scikit_learn_counts_them(papermill, small, 
     from sklearn.feature_extraction.text import TfidfVectorizer
     from embedlab.collections import evaluation_suites, training_sets
     from embedlab.evaluation import evaluate
-    from embedlab.models import describe, load_model
+    from embedlab.models import append_words, describe, load_model, weigh_tokens
     from embedlab.packing import packs
     from embedlab.tuning import prepare
 
@@ -189,4 +189,15 @@ def test_tokens_weigh_in_the_mean_as_scikit_learn_counts_them(papermill, small, 
     assert describe(model, "x")["pooling"] == describe(base, "x")["pooling"] == "mean"
     assert not any(p.requires_grad for p in prepare(model, make_config())[1].parameters())
     saved = str(papermill.home / "weighed" / "model")
+    ran = papermill(run="words", token_weights=0.5, lexical_dims=64, lexical_weight=0.5, interpolate=0, attention="packed", **small)
+    assert ran.code == 0, ran.text[-3000:]
+    words, bare = SentenceTransformer(str(papermill.home / "words" / "model"), device="cpu"), load_model(str(tiny_model))
+    with_words = append_words(weigh_tokens(bare, [*rows["anchor"], *rows["positive"]], 0.5), [*rows["anchor"], *rows["positive"]], 64, 0.5, 0.5)
+    np.testing.assert_allclose(words.encode(rows["anchor"][:5]), with_words.encode(rows["anchor"][:5]), atol=1e-6)   # none of the tuned weights
+    assert packs(words) and words.get_embedding_dimension() == base.get_embedding_dimension() + 64
+    appended = SentenceTransformer(modules=[*words][:-1], device="cpu").encode([*{*rows["anchor"], *rows["positive"]}])[:, -64:]   # before all is brought to length 1
+    assert np.square(appended).sum(1).mean() == pytest.approx(0.5, rel=0.1), "directions are nearly at right angles"
+    card = (papermill.home / "words" / "model" / "README.md").read_text()
+    assert f"{sum(p.numel() for p in words.parameters()):,} parameters, {words.get_embedding_dimension()} dimensions" in card and "64 of the dimensions hold the words" in card
+    assert "holds its texts' words already" in papermill("twice", run="twice", lexical_dims=64, **small | {"base": str(papermill.home / "words" / "model")}).text
     assert "this base weighs its tokens already" in papermill("more", run="more", token_weights=1, **small | {"base": saved}).text
