@@ -103,7 +103,7 @@ class Average:
     def swap(self):
         for n, p in self.weights.items(): other = p.clone(); p.copy_(self.kept[n]); self.kept[n].copy_(other)
 
-# %% ../nbs/23_engine.ipynb #246a0a8b
+# %% ../nbs/23_engine.ipynb #cfc5fe63
 def out_of_memory(e: BaseException) -> bool:
     "Tell whether an error means that memory ran out; on a processor PyTorch has no class of its own for it."
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e) or "not enough memory" in str(e)
@@ -118,7 +118,10 @@ class Engine(SentenceTransformerTrainer):
         of = dict(zip(cfg.train, cfg.set_lr))
         self.pace = [of.get(n, cfg.lr) / cfg.lr for n in batches.names]   # of each set's steps, as a share of the schedule's rate
 
-    def _get_learning_rate(self) -> float: return self.optimizer.param_groups[0]["lr"]   # what was used, not what was planned
+    def _get_learning_rate(self) -> float: # what was used, not what was planned: it is asked before the schedule moves on
+        rates = {g.get("name"): g["lr"] for g in self.optimizer.param_groups}
+        self.head_rate = rates.get("head")
+        return rates.get("base", self.head_rate)
 
     def refresh(self, epoch: int):
         "Take the negatives of an epoch, where they are mined anew in each."
@@ -190,6 +193,7 @@ class Engine(SentenceTransformerTrainer):
     def log(self, logs, start_time=None):
         self.check()
         if "loss" in logs: logs, self.by_set = logs | {OF_SET + n: float(torch.stack(x).mean()) for n, x in sorted(self.by_set.items())}, {}
+        if "learning_rate" in logs and self.head_rate is not None: logs = logs | {"head_learning_rate": self.head_rate}
         return super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial):

@@ -63,7 +63,7 @@ def plot_figures(r: Record) -> Figure:
     plt.close(fig)
     return fig
 
-# %% ../nbs/26_plots.ipynb #098f189a
+# %% ../nbs/26_plots.ipynb #1508e58c
 def plot_training(log: FitLog) -> Figure:
     "Draw losses beside chance, with the warnings, the dev score, the gradient's norm before clipping, and the learning rate that was used."
     fig, axes = plt.subplots(1, 4, figsize=(11, 2.7), layout="constrained", width_ratios=(1.6, 1, 1, 1))
@@ -73,7 +73,13 @@ def plot_training(log: FitLog) -> Figure:
         if points: ax.plot(*zip(*points), lw=1, **(dict(marker="o", ms=3) if len(points) <= 30 else {}))
         ax.set_title(label, pad=pad); ax.set(xlabel="step", xlim=axes[0].get_xlim()); ax.spines[["top", "right"]].set_visible(False)
         if not points: ax.text(0.5, 0.5, "not measured", ha="center", transform=ax.transAxes, color="0.5")
-    axes[2].set_ylim(0); axes[3].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    if log.head_rate:
+        if log.head_rate == log.rate: axes[3].lines[0].set_label("head")
+        else: axes[3].lines[0].set_label("base"); axes[3].plot(*zip(*log.head_rate), lw=1, ls="--", label="head")
+        axes[3].legend(frameon=False, fontsize=8)
+    axes[2].set_ylim(0)
+    if log.head_rate and max(v for _, v in log.head_rate) > 5 * max(v for _, v in log.rate): axes[3].set_yscale("log")
+    else: axes[3].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     plt.close(fig)
     return fig
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['planned_steps', 'warmup_steps', 'dev_loss', 'Interrupted', 'stoppable', 'live', 'fit', 'fit_once']
 
-# %% ../nbs/24_trainer.ipynb #a5f7daa6
+# %% ../nbs/24_trainer.ipynb #2a7ea97c
 import contextlib, json, math, os, shutil, signal, socket, tempfile, threading, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from .engine import Average, Engine, Pairs, best_check, load_weights, used_up
 from .evaluation import Scores, evaluate
 from .losses import info_nce
 from .mining import mine
-from .models import Machine, load_model, machine, set_dropout
+from .models import Machine, load_model, machine, set_dropout, weights_hash
 from .packing import attention, choose_attention
 from .regularising import IsotropyLoss
 from .teaching import TrainingLoss
@@ -255,7 +255,7 @@ def _worker(rank, tmp, port, sets, cfg, folder, dev, fingerprint, on, limit):
         save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, f"{tmp}/end.safetensors")
         Path(tmp, "log.json").write_text(json.dumps(asdict(log)))
 
-# %% ../nbs/24_trainer.ipynb #36de8544
+# %% ../nbs/24_trainer.ipynb #43de233f
 def fit_once(model: SentenceTransformer, # the base; not to be used afterwards
              sets: list, cfg: RunConfig,
              folder: Path,            # of the run: model/, checkpoints/ and fit.json go here
@@ -268,8 +268,10 @@ def fit_once(model: SentenceTransformer, # the base; not to be used afterwards
         log = FitLog(**json.loads((folder / "fit.json").read_text()))
     else:
         base = {k: v.clone() for k, v in model.state_dict().items()} if cfg.interpolate is not None else None
+        came = weights_hash(model[0])
         log = fit(model, sets, cfg, folder / "checkpoints", dev, fingerprint, on)
         save_model(model, saved, cfg.interpolate, base)
+        log.engine["encoder_sha256"] = {"before": came, "after": weights_hash(model[0])}   # the same where it was frozen
         part = folder / "fit.json.part"
         part.write_text(json.dumps(asdict(log))); part.replace(folder / "fit.json")   # whole or not there: it says that the run is finished
         if "every" not in cfg.keep: shutil.rmtree(folder / "checkpoints", ignore_errors=True)

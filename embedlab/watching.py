@@ -24,7 +24,7 @@ from transformers.utils.import_utils import is_in_notebook
 from .config import InputError
 from .encoding import Bar
 
-# %% ../nbs/22_watching.ipynb #e5abf554
+# %% ../nbs/22_watching.ipynb #c3e40d7a
 Points = list[tuple[int, float]]
 
 @dataclass
@@ -34,6 +34,7 @@ class FitLog:
     loss: Points = field(default_factory=list)      # step and loss (mean since the last entry)
     by_set: dict[str, Points] = field(default_factory=dict) # the same for each training set, where there are several
     rate: Points = field(default_factory=list)      # step and learning rate the optimiser used
+    head_rate: Points = field(default_factory=list) # the same for a new head's own weights
     dev: Points = field(default_factory=list)       # step and dev score: the mean of each set's leading metric
     chance: float = 0.0             # loss of a model that knows nothing; 0 where there is no such level
     seconds: float = 0.0            # of training in this process, reading batches included, without evaluation and saving
@@ -49,7 +50,7 @@ class FitLog:
     engine: dict = field(default_factory=dict)      # what ran, read off the live objects
 
     def __post_init__(self):
-        for name in ("loss", "rate", "dev", "norm", "dev_loss", "warnings"):   # JSON knows lists only
+        for name in ("loss", "rate", "head_rate", "dev", "norm", "dev_loss", "warnings"):   # JSON knows lists only
             setattr(self, name, [tuple(p) for p in getattr(self, name)])
         self.by_set = {name: [tuple(p) for p in points] for name, points in self.by_set.items()}
 
@@ -187,8 +188,8 @@ class LiveCurve:
         "Take the picture away: a finished log is drawn once, with all there is to see."
         if self.shown: self.shown.update(HTML(""))
 
-# %% ../nbs/22_watching.ipynb #9499f9bc
-SERIES = {"loss": "loss", "learning_rate": "rate", "grad_norm": "norm", "eval_dev": "dev", "eval_loss": "dev_loss"}   # the trainer's names and ours
+# %% ../nbs/22_watching.ipynb #75279145
+SERIES = {"loss": "loss", "learning_rate": "rate", "head_learning_rate": "head_rate", "grad_norm": "norm", "eval_dev": "dev", "eval_loss": "dev_loss"}   # the trainer's names and ours
 OF_SET = "loss/"   # before a training set's name, the trainer's name for its loss
 
 class Watch(TrainerCallback):

@@ -21,7 +21,7 @@ from embedlab.collections import TrainingSet, training_sets
 from embedlab.config import InputError, RunConfig, make_config
 from embedlab.losses import ContrastiveLoss
 from embedlab.models import load_model, weights_hash
-from embedlab.trainer import Interrupted, fit
+from embedlab.trainer import Interrupted, fit, fit_once
 from embedlab.watching import Diverged, FitLog
 
 BASE = dict(batch_size=8, epochs=2, train_tokens=32, lr=1e-3, checks=5, dropout=0.1, attention="packed")
@@ -349,6 +349,19 @@ def test_the_rates_are_the_schedule(here):
     assert [r for _, r in log.rate] == pytest.approx(want)
     flat = here("flat", warmup=5, checks=1, schedule="constant")[0]
     assert [r for _, r in flat.rate] == pytest.approx([1e-3 * min(k / 5, 1) for k in range(n)])
+    assert not log.head_rate
+    headed = here("headed", warmup=5, checks=1, head=16, head_lr=5e-3)[0]
+    assert [r for _, r in headed.rate] == pytest.approx(want) and [r for _, r in headed.head_rate] == pytest.approx([5 * r for r in want])
+
+
+@pytest.mark.parametrize("tune", ["head", "all"])
+def test_a_frozen_encoder_is_shown_not_to_have_moved(tiny_model, two, tmp_path, tune):
+    sets = training_sets([str(two[0])])
+    cfg = make_config(**BASE | {"train": [str(two[0])], "max_steps": 3, "tune": tune, "head": 16})
+    model, log = fit_once(load_model(str(tiny_model)), sets, cfg, tmp_path / tune, [sets[0].dev], "x")
+    h = log.engine["encoder_sha256"]
+    assert h["before"] == weights_hash(load_model(str(tiny_model))[0]) and h["after"] == weights_hash(model[0])
+    assert (h["before"] == h["after"]) == (tune == "head")
 
 
 def test_each_set_has_its_own_rate(tiny_model, two, tmp_path):
