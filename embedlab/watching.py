@@ -188,8 +188,8 @@ class LiveCurve:
         "Take the picture away: a finished log is drawn once, with all there is to see."
         if self.shown: self.shown.update(HTML(""))
 
-# %% ../nbs/22_watching.ipynb #75279145
-SERIES = {"loss": "loss", "learning_rate": "rate", "head_learning_rate": "head_rate", "grad_norm": "norm", "eval_dev": "dev", "eval_loss": "dev_loss"}   # the trainer's names and ours
+# %% ../nbs/22_watching.ipynb #cb28bc96
+SERIES = {"loss": "loss", "learning_rate": "rate", "head_learning_rate": "head_rate", "grad_norm": "norm", "eval_dev": "dev", "eval_accuracy": "dev", "eval_loss": "dev_loss"}   # the trainer's names and ours
 OF_SET = "loss/"   # before a training set's name, the trainer's name for its loss
 
 class Watch(TrainerCallback):

@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, keeps_record
 from embedlab.benchmarking import BenchConfig
 from embedlab.comparison import CompareConfig
-from embedlab.config import EvaluateConfig, RunConfig, make_config
+from embedlab.config import ChooseConfig, EvaluateConfig, RunConfig, make_config
 from embedlab.estimate import PreflightConfig
 from embedlab.sweeping import SweepConfig
 
@@ -30,7 +30,7 @@ def test_parameters_tag(path):
     assert len(tagged) == 1 and tagged[0].cell_type == "code"
 
 
-@pytest.mark.parametrize("driver, cls", [("train", RunConfig), ("evaluate", EvaluateConfig), ("compare", CompareConfig), ("sweep", SweepConfig), ("bench", BenchConfig), ("preflight", PreflightConfig)])
+@pytest.mark.parametrize("driver, cls", [("train", RunConfig), ("evaluate", EvaluateConfig), ("choose", ChooseConfig), ("compare", CompareConfig), ("sweep", SweepConfig), ("bench", BenchConfig), ("preflight", PreflightConfig)])
 def test_parameters_are_the_defaults(driver, cls):
     cell = next(c for c in nbformat.read(ROOT / f"nbs/{driver}.ipynb", 4).cells if "parameters" in c.metadata.get("tags", []))
     values = {}
