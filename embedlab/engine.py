@@ -103,7 +103,7 @@ class Average:
     def swap(self):
         for n, p in self.weights.items(): other = p.clone(); p.copy_(self.kept[n]); self.kept[n].copy_(other)
 
-# %% ../nbs/23_engine.ipynb #cfc5fe63
+# %% ../nbs/23_engine.ipynb #eeb7dd67
 def out_of_memory(e: BaseException) -> bool:
     "Tell whether an error means that memory ran out; on a processor PyTorch has no class of its own for it."
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e) or "not enough memory" in str(e)
@@ -119,9 +119,9 @@ class Engine(SentenceTransformerTrainer):
         self.pace = [of.get(n, cfg.lr) / cfg.lr for n in batches.names]   # of each set's steps, as a share of the schedule's rate
 
     def _get_learning_rate(self) -> float: # what was used, not what was planned: it is asked before the schedule moves on
-        rates = {g.get("name"): g["lr"] for g in self.optimizer.param_groups}
-        self.head_rate = rates.get("head")
-        return rates.get("base", self.head_rate)
+        rates = {g.get("name") == "head": g["lr"] for g in self.optimizer.param_groups}
+        self.head_rate = rates.get(True)
+        return rates.get(False, self.head_rate)
 
     def refresh(self, epoch: int):
         "Take the negatives of an epoch, where they are mined anew in each."
