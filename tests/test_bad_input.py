@@ -22,7 +22,7 @@ def refused(ran, expected: str, kind: str = "InputError"):
 PARAMETERS = [
     ({"epoch": 5}, "unknown parameter 'epoch'; did you mean 'epochs'?"),
     ({"lr": -1}, "lr must be greater than 0, not -1"),
-    ({"frobnicate": 1}, "unknown parameter 'frobnicate'; known are run, preset, evaluate"),
+    ({"frobnicate": 1}, "unknown parameter 'frobnicate'; known are run, preset, split"),
     ({"epochs": 0}, "epochs must be at least 1, not 0"),
     ({"epochs": "five"}, "epochs: input should be a valid integer"),
     ({"batch_size": 1}, "batch_size must be at least 2, not 1"),
