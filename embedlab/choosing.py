@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'parts_of', 'BiEncoder', 'Together', 'new_chooser', 'scored', 'checked', 'train_on', 'Fold', 'folds',
            'control', 'judge', 'hits', 'figures', 'summary', 'combined']
 
-# %% ../nbs/37_choosing.ipynb #42fb4fb9
+# %% ../nbs/37_choosing.ipynb #6db634d2
 import json, math, tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +20,11 @@ from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassif
 from .clauses import asked_and_refused
 from .config import ChooseConfig, InputError
 from .evaluation import Scores
-from .models import Machine, load_model, machine, minilm_folder
+from .models import Machine, load_model, minilm_folder
 from .questions import Questions, folds_of, published_folds, rest_of
 from .records import pack, read_record, runs_folder, unpack
 from .running import model_named
+from .trainer import warmup_steps
 from .watching import FitLog, Watch
 
 # %% ../nbs/37_choosing.ipynb #f6036d79
@@ -94,7 +95,7 @@ def new_chooser(cfg: ChooseConfig, on: Machine) -> nn.Module:
     set_seed(cfg.seed)   # of the new head
     return Together(str(minilm_folder()) if cfg.base == "minilm" else model_named(cfg.base), cfg).to(on.device)
 
-# %% ../nbs/37_choosing.ipynb #04a7797e
+# %% ../nbs/37_choosing.ipynb #a7d87aa6
 def scored(model: nn.Module, q: Questions, on: Machine,
            size: int = 64 # questions at a time
           ) -> list[np.ndarray]: # a score for each option of each question
@@ -132,7 +133,7 @@ def train_on(model: nn.Module, q: Questions, held: Questions | None, # to look a
     log, best = FitLog(steps=steps, chance=math.log(np.mean([len(o) for o in q.options])), batch=cfg.batch_size), _Best(model, cfg.patience)
     with tempfile.TemporaryDirectory() as tmp:
         args = TrainingArguments(tmp, num_train_epochs=cfg.epochs, per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=64, gradient_accumulation_steps=cfg.accumulate,
-                                 learning_rate=cfg.lr, lr_scheduler_type={"constant": "constant_with_warmup"}.get(cfg.schedule, cfg.schedule), warmup_steps=int(cfg.warmup if cfg.warmup >= 1 else cfg.warmup * steps),
+                                 learning_rate=cfg.lr, lr_scheduler_type={"constant": "constant_with_warmup"}.get(cfg.schedule, cfg.schedule), warmup_steps=warmup_steps(steps, cfg),
                                  weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm, bf16=on.bf16, use_cpu=on.device == "cpu", seed=cfg.seed, logging_steps=1, logging_nan_inf_filter=False,
                                  eval_strategy="epoch" if held else "no", save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False, label_names=["labels"])
         trainer = Trainer(model, args, data_collator=model.batch, train_dataset=rows, eval_dataset=[*zip(held.queries, held.options, held.answers)] if held else None,
@@ -143,10 +144,11 @@ def train_on(model: nn.Module, q: Questions, held: Questions | None, # to look a
     log.engine |= {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "weights": model.weights.tolist() if isinstance(model, BiEncoder) else None}
     return log
 
-# %% ../nbs/37_choosing.ipynb #01614033
+# %% ../nbs/37_choosing.ipynb #7908171d
 @dataclass
 class Fold:
     "Name what is trained on, held out and judged, by place."
+    number: int
     train: np.ndarray
     held: np.ndarray   # to choose by; empty where nothing is held out
     judged: np.ndarray
@@ -155,7 +157,7 @@ def folds(q: Questions, cfg: ChooseConfig) -> list[Fold]:
     "Cut questions as the settings say."
     if cfg.folds == "wrong":
         order = np.random.default_rng(cfg.seed).permutation(len(q))
-        return [Fold(np.sort(order[len(q) // 10:]), np.sort(order[:len(q) // 10]), np.arange(len(q)))]
+        return [Fold(0, np.sort(order[len(q) // 10:]), np.sort(order[:len(q) // 10]), np.arange(len(q)))]
     cut = published_folds() if cfg.folds == "published" else folds_of(q, cfg.fold_count)
     if sum(map(len, cut)) != len(q): raise InputError(f"folds: the published folds are those of recipe-mpr's 500 questions, {q.name} has {len(q)}; give folds=apart")
     out = []
@@ -163,7 +165,7 @@ def folds(q: Questions, cfg: ChooseConfig) -> list[Fold]:
         if cfg.only and n not in cfg.only: continue
         rest = rest_of(q, judged, cfg.strict)
         held = rest[folds_of(q.part(rest.tolist()), cfg.fold_count)[-1]] if cfg.hold_out or cfg.split == "dev" else rest[:0]   # no answer crosses here either
-        out.append(Fold(np.setdiff1d(rest, held), held, held if cfg.split == "dev" else judged))
+        out.append(Fold(n, np.setdiff1d(rest, held), held, held if cfg.split == "dev" else judged))
     if not out: raise InputError(f"only: there are the folds 0 to {len(cut) - 1}; none of {', '.join(map(str, cfg.only))} is among them")
     return out
 
@@ -180,11 +182,11 @@ def judge(q: Questions, cfg: ChooseConfig,
     if cfg.method in ("first", "longest"): return [*range(len(q))], control(q, cfg.method), []
     if cfg.method == "zero-shot": return [*range(len(q))], scored(new_chooser(cfg, on), q, on), []
     at, scores, logs = [], [], []
-    for n, f in enumerate(cut := folds(q, cfg)):
-        path = Path(folder) / "folds" / f"{n}.json"
-        if path.exists(): done = json.loads(path.read_text()); print(f"fold {n} was finished before")
+    for f in folds(q, cfg):
+        path = Path(folder) / "folds" / f"{f.number}.json"
+        if path.exists(): done = json.loads(path.read_text()); print(f"fold {f.number} was finished before")
         else:
-            print(f"fold {n}: {len(f.train)} questions to tune on, {len(f.held)} held out, {len(f.judged)} judged", flush=True)
+            print(f"fold {f.number}: {len(f.train)} questions to tune on, {len(f.held)} held out, {len(f.judged)} judged", flush=True)
             model = new_chooser(cfg, on)
             log = train_on(model, q.part(f.train.tolist()), q.part(f.held.tolist()) if len(f.held) else None, cfg, on)
             done = {"scores": [s.tolist() for s in scored(model, q.part(f.judged.tolist()), on)], "log": asdict(log)}

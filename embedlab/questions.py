@@ -42,7 +42,7 @@ class Questions:
         n = sorted({len(o) for o in self.options})
         return f"Questions({self.name}: {len(self):,} question{'s' * (len(self) != 1)} of {n[0] if len(n) == 1 else f'{n[0]} to {n[-1]}'} options)"
 
-# %% ../nbs/35_questions.ipynb #62164bfd
+# %% ../nbs/35_questions.ipynb #2818ff65
 QUESTION, TYPES, HINTS = ("question", "query", "prompt"), ("types", "type", "query_type", "category"), ("hints", "correctness_explanation")
 
 def _first(row: dict, names: tuple): return next((row[n] for n in names if row.get(n) not in (None, "")), None)
@@ -59,7 +59,7 @@ def as_questions(rows: list[tuple[str, dict]], # what to call each row in a mess
         if not isinstance(query, str) or not normalise(query): raise wrong(f"no text for the question (one of {', '.join(QUESTION)})")
         if given is None: given = {k: v for k, v in row.items() if k.startswith("option") and v}
         keys, texts = ([*given], [*given.values()]) if isinstance(given, dict) else ([], list(given)) if isinstance(given, list) else ([], [])
-        if bad := next((t for t in texts if not isinstance(t, str) or not normalise(t)), None): raise wrong(f"the option {bad!r} is no text")
+        if bad := [t for t in texts if not isinstance(t, str) or not normalise(t)]: raise wrong(f"the option {bad[0]!r} is no text")
         if len(texts) < 2: raise wrong(f"{len(texts)} option{'s' * (len(texts) != 1)}; give two at least, as options or in columns option_1, option_2 …")
         if twice := next((t for i, t in enumerate(texts) if normalise(t) in map(normalise, texts[:i])), None): raise wrong(f"the option '{twice}' stands twice; leave one out")
         if answer in (None, ""): raise wrong("no answer; give the right option's text, key or place")
