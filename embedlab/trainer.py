@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['planned_steps', 'warmup_steps', 'dev_loss', 'Interrupted', 'stoppable', 'live', 'fit', 'fit_once']
 
-# %% ../nbs/24_trainer.ipynb #2a7ea97c
+# %% ../nbs/24_trainer.ipynb #99e3fb11
 import contextlib, json, math, os, shutil, signal, socket, tempfile, threading, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from .checkpoints import about, last_checkpoint, named_checkpoint, save_model, s
 from .config import InputError, RunConfig
 from .data import Retrieval
 from .encoding import EmbeddingCache, encode
-from .engine import Average, Engine, Pairs, best_check, load_weights, used_up
+from .engine import Average, Engine, Pairs, best_check, load_weights, return_memory, used_up
 from .evaluation import Scores, evaluate
 from .losses import info_nce
 from .mining import mine
@@ -75,7 +75,7 @@ class _Dev(SentenceEvaluator):
         losses = [dev_loss(s, d, self.cfg.batch_size, self.cfg.temperature, self.cfg.similarity) for s, d in zip(scores, self.sets) if isinstance(d, Retrieval)]
         return {"dev": float(np.mean([s.mean() for s in scores]))} | ({"loss": float(np.mean(losses))} if losses else {})
 
-# %% ../nbs/24_trainer.ipynb #98d6ed8e
+# %% ../nbs/24_trainer.ipynb #822b64df
 class Interrupted(InputError):
     "The run was told to stop, and can be continued."
 
@@ -103,6 +103,7 @@ class _Control(TrainerCallback):
             state.log_history.append({"step": 0, "epoch": 0.0} | {f"eval_{k}": v for k, v in self.engine.evaluator(self.engine.model).items()})
     def on_step_end(self, args, state, control, **kw):
         if self.engine.average: self.engine.average.update()
+        if state.global_step % 10 == 0: return_memory()   # a few milliseconds
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             control.should_log = control.should_evaluate = control.should_save = True
         if self.wish.signal: control.should_log = control.should_save = control.should_training_stop = True

@@ -16,6 +16,7 @@ import torch
 
 from conftest import ROOT, write_beir
 
+from embedlab import engine
 from embedlab.checkpoints import SEAL, checkpoints, fault_of, last_checkpoint, step_of
 from embedlab.collections import TrainingSet, training_sets
 from embedlab.config import InputError, RunConfig, make_config
@@ -281,6 +282,20 @@ def test_no_memory_at_all(here, monkeypatch):
     def never(self, *a, **kw): raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(ContrastiveLoss, "calculate_loss", never)
     with pytest.raises(InputError, match="out of memory at step 1 with micro_batch 1; lower micro_batch, train_tokens"): here()
+
+
+def test_freed_memory_goes_back_to_the_system(here, monkeypatch):
+    "Tensors too small to be mapped on their own, of which every fiftieth is kept: glibc would hold what lies between."
+    if not engine._trim: pytest.skip("no malloc_trim: this needs Linux with glibc")
+    now = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    tensors = [torch.ones(24_000) for _ in range(4000)]
+    tensors, held = tensors[::50], now()
+    engine.return_memory()
+    assert held - now() > 150e6   # of 384 MB
+    calls = []
+    monkeypatch.setattr("embedlab.trainer.return_memory", lambda: calls.append(1))
+    log, *_ = here(checks=1)
+    assert len(calls) == log.engine["ran"] // 10 > 0
 
 
 def test_other_errors_are_not_taken_for_memory(here, monkeypatch):
