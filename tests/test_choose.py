@@ -1,15 +1,18 @@
 "Choosing among options, from a file to the record."
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from embedlab.choosing import control, folds, hits, new_chooser, parts_of, scored
+from embedlab.choosing import control, folds, hits, new_chooser, overlap, parts_of, scored, train_on
 from embedlab.config import ChooseConfig, InputError, make_config
 from embedlab.leaks import normalise
 from embedlab.models import machine
 from embedlab.questions import folds_of, load_questions, published_folds, read_questions, rest_of, shuffled
+from embedlab.records import mark, read_record
 
 COLOURS, THINGS = "red blue green black white".split(), "door house tree boat stone lamp".split()
 
@@ -92,6 +95,54 @@ def test_a_run_over_folds(papermill, asked, tiny_model):
     assert "none is no finished run" in papermill("x", "choose", questions=asked, base=tiny_model, method="ensemble", members="one,none").text
 
 
+def test_a_run_that_saw_what_it_judges_is_marked(papermill, asked, tiny_model):
+    "Guide 003's way is marked on its page and stays out of an ensemble; ours has nothing to mark."
+    settings = dict(questions=asked, base=tiny_model, method="bi-encoder", epochs=1, precision="fp32")
+    r = papermill("wrong", "choose", run="wrong", folds="wrong", **settings).record()
+    assert r.leaks["exact"] == 27 and r.leaks["allowed"] and mark(r).startswith("27 evaluation queries repeated in training")
+    assert "wrong has seen in training what it judged (27 evaluation" in papermill("x", "choose", questions=asked, base=tiny_model, method="ensemble", members="wrong").text
+    q = load_questions("recipe-mpr")
+    for way, shared in (("apart", 0), ("published", 157)):
+        found = overlap(q, folds(q, make_config(ChooseConfig, method="bi-encoder", folds=way)))
+        assert (found["shared_documents"], found["allowed"]) == (shared, shared > 0)
+
+
+def test_a_sweep_over_presets_and_seeds(papermill, asked, tiny_model, tmp_path):
+    "Each preset is a run, judged on what is held out, and the runs are compared."
+    for name, lr in (("slow", "1.0e-3"), ("fast", "1.0e-2")): (tmp_path / f"{name}.yaml").write_text(f"method: bi-encoder\nlr: {lr}\n")
+    ran = papermill("s", "sweep", run="s", notebook="choose", presets=",".join(str(tmp_path / f"{n}.yaml") for n in ("slow", "fast")), seeds=1, at_once=1,
+                    fixed=f"questions={asked}; base={tiny_model}; epochs=1; batch_size=4; fold_count=3; only=0; precision=fp32")
+    assert ran.code == 0, ran.text[-3000:]
+    runs = {p.stem: read_record(p) for p in papermill.home.glob("s-*.ipynb")}
+    assert sorted(runs) == ["s-fast-s0", "s-slow-s0"] and {r.split for r in runs.values()} == {"dev"}
+    assert [runs[f"s-{n}-s0"].params["lr"] for n in ("slow", "fast")] == [0.001, 0.01]
+    assert runs["s-slow-s0"].engine["options"] != runs["s-fast-s0"].engine["options"]
+    assert "colours" in ran.path.read_text()
+
+
+def test_what_is_trained_follows_the_settings(asked, tiny_model):
+    "LoRA trains few weights and moves no other; merged by half, weights lie between the base's and the tuned ones; hints are read."
+    q, on = read_questions(asked), machine(make_config(ChooseConfig, precision="fp32"))
+    q = q.part([*range(12)])
+    q = replace(q, hints=[{x.split()[0]: o[a].split()[1]} for x, o, a in zip(q.queries, q.options, q.answers)])
+    def tuned(**settings):
+        cfg = make_config(ChooseConfig, base=str(tiny_model), method="bi-encoder", epochs=2, lr=1e-2, precision="fp32", **settings)
+        model = new_chooser(cfg, on)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        return train_on(model, q, None, cfg, on), before, model.state_dict()
+    log, before, after = tuned(tune="lora", lora_rank=2)
+    assert log.engine["trainable"] < 5000 and [k for k in before if not torch.equal(before[k], after[k])] and all("lora_" in k or k == "weights" for k in before if not torch.equal(before[k], after[k]))
+    (whole, before, after), (_, _, half) = tuned(), tuned(interpolate=0.5)
+    name = next(k for k in after if "query.weight" in k)
+    assert torch.allclose(half[name], (before[name] + after[name]) / 2, atol=1e-6) and not torch.equal(before[name], after[name])
+    _, before, merged = tuned(tune="lora", lora_rank=2, interpolate=0.5)
+    assert not [k for k in merged if "lora_" in k] and not torch.equal(merged[name], before[name.replace("query.", "query.base_layer.")])
+    hinted, _, other = tuned(hints=1.0)
+    assert hinted.loss[0][1] > whole.loss[0][1] and not torch.equal(other[name], after[name])
+    again, _, other = tuned(reworded=True)
+    assert again.steps == 2 * whole.steps
+
+
 @pytest.mark.parametrize("method", ["cross-encoder", "multiple-choice"])
 def test_question_and_option_read_together(papermill, asked, tiny_model, method):
     ran = papermill("x", "choose", run="x", questions=asked, base=str(tiny_model), method=method, epochs=2, lr=1e-3, fold_count=3, only="1", precision="fp32", hold_out=False)
@@ -107,7 +158,6 @@ def test_a_blind_model_never_reads_the_question(asked, tiny_model):
 
 
 def test_a_model_that_is_broken_fails(asked, tiny_model):
-    import torch
     cfg = make_config(ChooseConfig, base=str(tiny_model))
     on, q = machine(cfg), read_questions(asked)
     model = new_chooser(cfg, on)
@@ -120,7 +170,7 @@ def test_a_model_that_is_broken_fails(asked, tiny_model):
 
 def test_settings_that_do_not_go_together(asked):
     for params, said in [({"method": "ensemble"}, "members: an ensemble adds up other runs"), ({"method": "multiple-choice", "clauses": True}, "clauses: multiple-choice reads a question as it is"),
-                         ({"patience": 2, "hold_out": False}, "patience: nothing is held out"), ({"method": "bert"}, "method must be")]:
+                         ({"patience": 2, "hold_out": False}, "patience: nothing is held out"), ({"method": "bert"}, "method must be"), ({"method": "multiple-choice", "tune": "lora"}, "tune: this is for method=bi-encoder, not multiple-choice"), ({"warmup": 1.5}, "warmup: below 1 it is a share")]:
         with pytest.raises(InputError, match=said): make_config(ChooseConfig, **params)
     q = read_questions(asked)
     with pytest.raises(InputError, match="there are the folds 0 to 4; none of 7"): folds(q, make_config(ChooseConfig, only="7"))
