@@ -7,8 +7,8 @@ __all__ = ['PARTS', 'PARTS_LR', 'parts_of', 'hint_pairs', 'rows_of', 'BiEncoder'
            'reworded', 'train_on', 'Fold', 'folds', 'overlap', 'control', 'judge', 'hits', 'figures', 'summary',
            'combined']
 
-# %% ../nbs/37_choosing.ipynb #f4bee368
-import json, math, tempfile
+# %% ../nbs/37_choosing.ipynb #f10dc2c0
+import contextlib, json, math, tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .config import ChooseConfig, InputError, RunConfig
 from .evaluation import Scores
 from .leaks import normalise
 from .models import Machine, load_model, minilm_folder
+from .packing import attention, choose_attention, features_of, tokenised
 from .questions import Questions, folds_of, published_folds, rest_of
 from .records import mark, pack, read_record, runs_folder, unpack
 from .running import model_named
@@ -30,7 +31,7 @@ from .trainer import warmup_steps
 from .tuning import merge, prepare
 from .watching import FitLog, Watch
 
-# %% ../nbs/37_choosing.ipynb #73751afe
+# %% ../nbs/37_choosing.ipynb #9cb25aab
 PARTS = (0.5, 0.5, -0.3)   # weights that the whole question, what it asks and what it refuses begin with: about what `fit_weights` finds (chapter 36)
 PARTS_LR = 0.01            # their own peak rate: at the encoder's they would not move
 
@@ -64,7 +65,7 @@ class BiEncoder(nn.Module):
         options = [[at(t) for t in o] + [-1] * (n - len(o)) for _, o, *_ in rows]
         hints = [[at(asked), at(met)] for *_, hints in rows for asked, met in hints]
         return {"labels": torch.tensor([a for *_, a, _ in rows]), "parts": torch.tensor(parts), "options": torch.tensor(options), "hints": torch.tensor(hints, dtype=torch.long).reshape(-1, 2),
-                "texts": dict(self.model.tokenizer([*number], padding=True, truncation=True, max_length=self.cfg.max_tokens or self.model.max_seq_length, return_tensors="pt"))}
+                "texts": features_of(self.model, tokenised(self.model, [*number]))}
 
     def forward(self, parts: Tensor,   # (questions, parts) numbers of texts; -1 for none
                 options: Tensor,       # (questions, options) numbers of texts; -1 beyond the last
@@ -118,7 +119,7 @@ def new_chooser(cfg: ChooseConfig, on: Machine) -> nn.Module:
     set_seed(cfg.seed)   # of the new head
     return Together(str(minilm_folder()) if cfg.base == "minilm" else model_named(cfg.base), cfg).to(on.device)
 
-# %% ../nbs/37_choosing.ipynb #618862b6
+# %% ../nbs/37_choosing.ipynb #af8b5e99
 def scored(model: nn.Module, q: Questions, on: Machine,
            size: int = 64 # questions at a time
           ) -> list[np.ndarray]: # a score for each option of each question
@@ -166,7 +167,8 @@ def train_on(model: nn.Module, q: Questions, held: Questions | None, # to look a
     base = {k: v.detach().clone() for k, v in model.state_dict().items()} if cfg.interpolate else {}
     steps = math.ceil(math.ceil(len(rows) / cfg.batch_size) / cfg.accumulate) * cfg.epochs
     log, best = FitLog(steps=steps, chance=math.log(np.mean([len(o) for o in q.options])), batch=cfg.batch_size), _Best(model, cfg.patience)
-    with tempfile.TemporaryDirectory() as tmp:
+    kernel = choose_attention(model.model, [*q.queries[:16], *q.options[0]], on).attention if isinstance(model, BiEncoder) else None
+    with tempfile.TemporaryDirectory() as tmp, attention(model.model, kernel) if kernel else contextlib.nullcontext():
         args = TrainingArguments(tmp, num_train_epochs=cfg.epochs, per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=64, gradient_accumulation_steps=cfg.accumulate,
                                  learning_rate=cfg.lr, lr_scheduler_type={"constant": "constant_with_warmup"}.get(cfg.schedule, cfg.schedule), warmup_steps=warmup_steps(steps, cfg),
                                  weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm, bf16=on.bf16, use_cpu=on.device == "cpu", seed=cfg.seed, logging_steps=1, logging_nan_inf_filter=False,
@@ -180,7 +182,7 @@ def train_on(model: nn.Module, q: Questions, held: Questions | None, # to look a
         if cfg.tune == "lora": merge(model.model)
         base = {k.replace(".base_layer", ""): v for k, v in base.items() if "lora_" not in k}
         model.load_state_dict({k: torch.lerp(base[k], v, cfg.interpolate) if v.is_floating_point() and k != "weights" else v for k, v in model.state_dict().items()})
-    log.engine |= {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "weights": model.weights.tolist() if isinstance(model, BiEncoder) else None}
+    log.engine |= {"attention": kernel, "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "weights": model.weights.tolist() if isinstance(model, BiEncoder) else None}
     return log
 
 # %% ../nbs/37_choosing.ipynb #4ae6779b
