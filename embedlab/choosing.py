@@ -31,7 +31,7 @@ from .trainer import warmup_steps
 from .tuning import merge, prepare
 from .watching import FitLog, Watch
 
-# %% ../nbs/37_choosing.ipynb #9cb25aab
+# %% ../nbs/37_choosing.ipynb #806db0a8
 PARTS = (0.5, 0.5, -0.3)   # weights that the whole question, what it asks and what it refuses begin with: about what `fit_weights` finds (chapter 36)
 PARTS_LR = 0.01            # their own peak rate: at the encoder's they would not move
 
@@ -89,10 +89,11 @@ class BiEncoder(nn.Module):
 class Together(nn.Module):
     "Score each option by an encoder that reads it after its question."
     def __init__(self, name: str, # a hub id or a folder
-                 cfg: ChooseConfig):
+                 cfg: ChooseConfig, on: Machine):
         super().__init__()
         self.cfg, self.tokenizer = cfg, AutoTokenizer.from_pretrained(name)
-        self.body = AutoModelForMultipleChoice.from_pretrained(name) if cfg.method == "multiple-choice" else AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
+        how = {"attn_implementation": "eager"} if on.device == "cpu" else {}   # the fused kernel's backward pass is slow there (chapter 10)
+        self.body = AutoModelForMultipleChoice.from_pretrained(name, **how) if cfg.method == "multiple-choice" else AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **how)
 
     def batch(self, rows: list[tuple]) -> dict:
         n = max(len(o) for _, o, *_ in rows)
@@ -117,7 +118,7 @@ def new_chooser(cfg: ChooseConfig, on: Machine) -> nn.Module:
         if cfg.tune == "lora": prepare(model, RunConfig(tune="lora", lora_rank=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, seed=cfg.seed))
         return BiEncoder(model, cfg).to(on.device)
     set_seed(cfg.seed)   # of the new head
-    return Together(str(minilm_folder()) if cfg.base == "minilm" else model_named(cfg.base), cfg).to(on.device)
+    return Together(str(minilm_folder()) if cfg.base == "minilm" else model_named(cfg.base), cfg, on).to(on.device)
 
 # %% ../nbs/37_choosing.ipynb #af8b5e99
 def scored(model: nn.Module, q: Questions, on: Machine,
@@ -258,10 +259,10 @@ def figures(q: Questions, # those that were judged
     rows = {q.name: [*range(len(q))]} | {f"{q.name}:{k.lower()}": [i for i, x in enumerate(q.types) if k in x] for k in sorted(kinds)}
     return [Scores(n, {"accuracy": hit[r]}, ids=[q.ids[i] for i in r]) for n, r in rows.items()]
 
-# %% ../nbs/37_choosing.ipynb #2da78897
+# %% ../nbs/37_choosing.ipynb #4d8c8158
 def summary(logs: list[FitLog], at: list[int], scores: list[np.ndarray]) -> dict:
     "Sum up for a record how the folds' training went, and keep every option's score, so that runs can be added up."
-    return {"folds": [log.engine | log.course() | {"seconds": round(log.seconds, 1)} for log in logs], "judged": at,
+    return {"folds": [log.engine | log.course() | {"steps": log.steps, "top_rate": max((v for _, v in log.rate), default=0.0), "seconds": round(log.seconds, 1)} for log in logs], "judged": at,
             "options": pack(np.concatenate(scores)), "sizes": [len(s) for s in scores]}
 
 def combined(q: Questions, cfg: ChooseConfig) -> tuple[list[int], list[np.ndarray], list]: # as for `judge`
