@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'PARTS_LR', 'parts_of', 'hint_pairs', 'rows_of', 'BiEncoder', 'Together', 'new_chooser', 'scored', 'checked',
-           'reworded', 'train_on', 'Fold', 'folds', 'overlap', 'control', 'judge', 'hits', 'figures', 'summary',
-           'combined']
+           'reworded', 'train_on', 'Fold', 'folds', 'overlap', 'control', 'judge', 'hits', 'figures', 'kinds_missing',
+           'summary', 'combined']
 
 # %% ../nbs/37_choosing.ipynb #f10dc2c0
 import contextlib, json, math, tempfile
@@ -186,7 +186,7 @@ def train_on(model: nn.Module, q: Questions, held: Questions | None, # to look a
     log.engine |= {"attention": kernel, "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "weights": model.weights.tolist() if isinstance(model, BiEncoder) else None}
     return log
 
-# %% ../nbs/37_choosing.ipynb #4ae6779b
+# %% ../nbs/37_choosing.ipynb #326dfbac
 @dataclass
 class Fold:
     "Name what is trained on, held out and judged, by place."
@@ -238,7 +238,7 @@ def judge(q: Questions, cfg: ChooseConfig,
         path = Path(folder) / "folds" / f"{f.number}.json"
         if path.exists(): done = json.loads(path.read_text()); print(f"fold {f.number} was finished before")
         else:
-            print(f"fold {f.number}: {len(f.train)} questions to tune on, {len(f.held)} held out, {len(f.judged)} judged", flush=True)
+            print(f"fold {f.number}: {len(f.train)} questions to tune on, {len(f.held)} held out, {len(f.judged)} judged" + "".join(f"; no {k.partition(':')[2]} among them" for k in kinds_missing(q, q.part(f.judged.tolist()))), flush=True)
             model = new_chooser(cfg, on)
             log = train_on(model, q.part(f.train.tolist()), q.part(f.held.tolist()) if len(f.held) else None, cfg, on)
             done = {"scores": [s.tolist() for s in scored(model, q.part(f.judged.tolist()), on)], "log": asdict(log)}
@@ -259,7 +259,12 @@ def figures(q: Questions, # those that were judged
     rows = {q.name: [*range(len(q))]} | {f"{q.name}:{k.lower()}": [i for i, x in enumerate(q.types) if k in x] for k in sorted(kinds)}
     return [Scores(n, {"accuracy": hit[r]}, ids=[q.ids[i] for i in r]) for n, r in rows.items()]
 
-# %% ../nbs/37_choosing.ipynb #4d8c8158
+# %% ../nbs/37_choosing.ipynb #d84de489
+def kinds_missing(q: Questions, judged: Questions) -> dict[str, str]: # why, by figure; for the record
+    "Name the kinds of question that none of the judged ones is of."
+    there = {t for x in judged.types for t in x}
+    return {f"{q.name}:{k.lower()}": f"none of the {len(judged)} judged questions is of this kind" for k in sorted({t for x in q.types for t in x} - there)}
+
 def summary(logs: list[FitLog], at: list[int], scores: list[np.ndarray]) -> dict:
     "Sum up for a record how the folds' training went, and keep every option's score, so that runs can be added up."
     return {"folds": [log.engine | log.course() | {"steps": log.steps, "top_rate": max((v for _, v in log.rate), default=0.0), "seconds": round(log.seconds, 1)} for log in logs], "judged": at,

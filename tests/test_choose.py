@@ -145,10 +145,11 @@ def test_what_is_trained_follows_the_settings(asked, tiny_model):
 
 @pytest.mark.parametrize("method", ["cross-encoder", "multiple-choice"])
 def test_question_and_option_read_together(papermill, asked, tiny_model, method):
-    ran = papermill("x", "choose", run="x", questions=asked, base=str(tiny_model), method=method, epochs=2, lr=1e-3, fold_count=3, only="1", precision="fp32", hold_out=False)
+    ran = papermill("x", "choose", run="x", questions=asked, base=str(tiny_model), method=method, epochs=2, lr=1e-3, fold_count=6, only="1", precision="fp32", hold_out=False)
     assert ran.code == 0, ran.text[-3000:]
     fold, = ran.record().engine["folds"]
-    assert len(ran.record().engine["judged"]) == 10 and fold["last_loss"] != fold["first_loss"] and "best_epoch" not in fold
+    assert ran.record().missing == {"colours:doors": "none of the 5 judged questions is of this kind"} and "5 judged; no doors among them" in ran.path.read_text()
+    assert len(ran.record().engine["judged"]) == 5 and fold["last_loss"] != fold["first_loss"] and "best_epoch" not in fold
 
 
 def test_a_blind_model_never_reads_the_question(asked, tiny_model):
