@@ -120,7 +120,7 @@ def new_chooser(cfg: ChooseConfig, on: Machine) -> nn.Module:
     set_seed(cfg.seed)   # of the new head
     return Together(str(minilm_folder()) if cfg.base == "minilm" else model_named(cfg.base), cfg, on).to(on.device)
 
-# %% ../nbs/37_choosing.ipynb #af8b5e99
+# %% ../nbs/37_choosing.ipynb #34c5d9e2
 def scored(model: nn.Module, q: Questions, on: Machine,
            size: int = 64 # questions at a time
           ) -> list[np.ndarray]: # a score for each option of each question
@@ -161,20 +161,26 @@ def _groups(model: nn.Module, cfg: ChooseConfig) -> list[dict]:
         if p.requires_grad: groups.setdefault((PARTS_LR if n == "weights" else cfg.lr, n in decayed), []).append(p)
     return [{"params": ps, "lr": lr, "weight_decay": cfg.weight_decay if decay else 0.0} for (lr, decay), ps in sorted(groups.items(), key=lambda x: x[0][0] == PARTS_LR)]
 
+def _chance(rows: list[tuple], cfg: ChooseConfig) -> float: # the loss where all are equally near; 0 where there is no such level
+    if cfg.method == "cross-encoder": return 0.0
+    n, batch = np.mean([len(o) for _, o, *_ in rows]), min(cfg.batch_size, len(rows))
+    loss = (math.log(n) + math.log(n * batch)) / 2 if cfg.method == "bi-encoder" and cfg.in_batch else math.log(n)
+    return loss + cfg.hints * math.log(max(1, batch * np.mean([len(h) for *_, h in rows])))
+
 def train_on(model: nn.Module, q: Questions, held: Questions | None, # to look at after each epoch; without, the last weights are taken
              cfg: ChooseConfig, on: Machine) -> FitLog:
     "Tune a model on questions, in place."
     rows = rows_of(q, cfg.hints > 0) + (reworded(q, cfg.seed) if cfg.reworded else [])
     base = {k: v.detach().clone() for k, v in model.state_dict().items()} if cfg.interpolate else {}
     steps = math.ceil(math.ceil(len(rows) / cfg.batch_size) / cfg.accumulate) * cfg.epochs
-    log, best = FitLog(steps=steps, chance=math.log(np.mean([len(o) for o in q.options])), batch=cfg.batch_size), _Best(model, cfg.patience)
+    log, best = FitLog(steps=steps, chance=_chance(rows, cfg), batch=cfg.batch_size), _Best(model, cfg.patience)
     kernel = choose_attention(model.model, [*q.queries[:16], *q.options[0]], on).attention if isinstance(model, BiEncoder) else None
     with tempfile.TemporaryDirectory() as tmp, attention(model.model, kernel) if kernel else contextlib.nullcontext():
-        args = TrainingArguments(tmp, num_train_epochs=cfg.epochs, per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=64, gradient_accumulation_steps=cfg.accumulate,
+        args = TrainingArguments(tmp, num_train_epochs=cfg.epochs, per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=cfg.batch_size, gradient_accumulation_steps=cfg.accumulate,
                                  learning_rate=cfg.lr, lr_scheduler_type={"constant": "constant_with_warmup"}.get(cfg.schedule, cfg.schedule), warmup_steps=warmup_steps(steps, cfg),
                                  weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm, bf16=on.bf16, use_cpu=on.device == "cpu", seed=cfg.seed, logging_steps=1, logging_nan_inf_filter=False,
                                  eval_strategy="epoch" if held else "no", save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False, label_names=["labels"])
-        trainer = Trainer(model, args, data_collator=model.batch, train_dataset=rows, eval_dataset=rows_of(held) if held else None, optimizers=(torch.optim.AdamW(_groups(model, cfg)), None),
+        trainer = Trainer(model, args, data_collator=model.batch, train_dataset=rows, eval_dataset=rows_of(held, cfg.hints > 0) if held else None, optimizers=(torch.optim.AdamW(_groups(model, cfg)), None),
                           compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}, callbacks=[Watch(log)] + [best] * bool(held))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
