@@ -31,7 +31,7 @@ from .trainer import warmup_steps
 from .tuning import merge, prepare
 from .watching import FitLog, Watch
 
-# %% ../nbs/37_choosing.ipynb #806db0a8
+# %% ../nbs/37_choosing.ipynb #118e481e
 PARTS = (0.5, 0.5, -0.3)   # weights that the whole question, what it asks and what it refuses begin with: about what `fit_weights` finds (chapter 36)
 PARTS_LR = 0.01            # their own peak rate: at the encoder's they would not move
 
@@ -76,10 +76,14 @@ class BiEncoder(nn.Module):
         near = asked @ e.T / self.cfg.temperature                                                # (questions, texts)
         own = near.gather(1, options.clamp(0)).masked_fill(options < 0, -math.inf)
         if labels is None: return {"logits": own}
-        loss = F.cross_entropy(own, labels)
+        right, losses = options.gather(1, labels[:, None])[:, 0], [F.cross_entropy(own, labels)]
         if self.cfg.in_batch:
             listed = torch.zeros(len(e), dtype=torch.bool, device=e.device).index_fill(0, options[options >= 0], True)
-            loss = (loss + F.cross_entropy(near.masked_fill(~listed, -math.inf), options.gather(1, labels[:, None])[:, 0])) / 2
+            losses.append(F.cross_entropy(near.masked_fill(~listed, -math.inf), right))
+        if self.cfg.both_ways:
+            same = (right[:, None] == right) & ~torch.eye(len(right), dtype=torch.bool, device=e.device)   # of questions with one answer neither is the other's negative
+            losses.append(F.cross_entropy(near[:, right].T.masked_fill(same, -math.inf), torch.arange(len(right), device=e.device)))
+        loss = sum(losses) / len(losses)
         if len(hints):
             asked, met = hints.T
             same = (met[:, None] == met) | (asked[:, None] == asked)   # no negatives of one another
@@ -120,7 +124,7 @@ def new_chooser(cfg: ChooseConfig, on: Machine) -> nn.Module:
     set_seed(cfg.seed)   # of the new head
     return Together(str(minilm_folder()) if cfg.base == "minilm" else model_named(cfg.base), cfg, on).to(on.device)
 
-# %% ../nbs/37_choosing.ipynb #34c5d9e2
+# %% ../nbs/37_choosing.ipynb #2e8bd6c5
 def scored(model: nn.Module, q: Questions, on: Machine,
            size: int = 64 # questions at a time
           ) -> list[np.ndarray]: # a score for each option of each question
@@ -164,8 +168,9 @@ def _groups(model: nn.Module, cfg: ChooseConfig) -> list[dict]:
 def _chance(rows: list[tuple], cfg: ChooseConfig) -> float: # the loss where all are equally near; 0 where there is no such level
     if cfg.method == "cross-encoder": return 0.0
     n, batch = np.mean([len(o) for _, o, *_ in rows]), min(cfg.batch_size, len(rows))
-    loss = (math.log(n) + math.log(n * batch)) / 2 if cfg.method == "bi-encoder" and cfg.in_batch else math.log(n)
-    return loss + cfg.hints * math.log(max(1, batch * np.mean([len(h) for *_, h in rows])))
+    own = cfg.method == "bi-encoder"
+    loss = np.mean([math.log(n)] + [math.log(n * batch)] * (own and cfg.in_batch) + [math.log(batch)] * (own and cfg.both_ways))
+    return float(loss) + cfg.hints * math.log(max(1, batch * np.mean([len(h) for *_, h in rows])))
 
 def train_on(model: nn.Module, q: Questions, held: Questions | None, # to look at after each epoch; without, the last weights are taken
              cfg: ChooseConfig, on: Machine) -> FitLog:
@@ -192,7 +197,7 @@ def train_on(model: nn.Module, q: Questions, held: Questions | None, # to look a
     log.engine |= {"attention": kernel, "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "weights": model.weights.tolist() if isinstance(model, BiEncoder) else None}
     return log
 
-# %% ../nbs/37_choosing.ipynb #326dfbac
+# %% ../nbs/37_choosing.ipynb #adf8e533
 @dataclass
 class Fold:
     "Name what is trained on, held out and judged, by place."
@@ -212,7 +217,7 @@ def folds(q: Questions, cfg: ChooseConfig) -> list[Fold]:
     for n, judged in enumerate(cut):
         if cfg.only and n not in cfg.only: continue
         rest = rest_of(q, judged, cfg.strict)
-        held = rest[folds_of(q.part(rest.tolist()), cfg.fold_count)[-1]] if cfg.hold_out or cfg.split == "dev" else rest[:0]   # no answer crosses here either
+        held = rest[folds_of(q.part(rest.tolist()), cfg.fold_count)[n - 1]] if cfg.hold_out or cfg.split == "dev" else rest[:0]   # no answer crosses here either
         out.append(Fold(n, np.setdiff1d(rest, held), held, held if cfg.split == "dev" else judged))
     if not out: raise InputError(f"only: there are the folds 0 to {len(cut) - 1}; none of {', '.join(map(str, cfg.only))} is among them")
     return out

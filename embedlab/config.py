@@ -227,7 +227,7 @@ class RunConfig(Starting):
         if self.batch_size % self.processes: raise ValueError(f"processes: {self.processes} can't share a batch of {self.batch_size} equally")
         return self
 
-# %% ../nbs/00_config.ipynb #ceb4982c
+# %% ../nbs/00_config.ipynb #188fe00f
 class ChooseConfig(Life):
     "Hold every setting of one run over questions with options."
     questions: str = Field("recipe-mpr", min_length=1, description="Questions with options: recipe-mpr, or a file (.json, .jsonl, .csv, .tsv)")
@@ -242,6 +242,7 @@ class ChooseConfig(Life):
     lora_rank: int = Field(16, ge=1, description="Rank of LoRA's matrices; their update is scaled by two")
     interpolate: float | None = Field(None, gt=0, le=1, description="Share of the tuned weights in those that choose, the rest is the base's (bi-encoder)")
     in_batch: bool = Field(True, description="Other questions' options are wrong answers too (bi-encoder)")
+    both_ways: bool = Field(False, description="Each right option must be nearest to its own question too, among the batch's: what options alone give away then helps nothing (bi-encoder)")
     blind: bool = Field(False, description="Never show the question: what is left is what options alone give away")
     folds: Literal["apart", "published", "wrong"] = Field("apart", description="Questions judged together: such that no answer crosses, the authors', or guide 003's way, which judges what it trained on")
     fold_count: int = Field(5, ge=2, description="Number of folds")

@@ -67,6 +67,8 @@ def test_no_answer_crosses_a_fold():
             assert not {*f.train} & {*f.judged} and not {*f.train} & {*f.held}
             assert not {answer(i) for i in f.train} & options(f.judged) and not {answer(i) for i in f.held} & options(f.train)
             assert (f.judged.tolist() == f.held.tolist()) == (split == "dev")
+    held = [f.held for f in folds(q, make_config(ChooseConfig, method="bi-encoder", split="dev"))]
+    assert len(set(np.concatenate(held).tolist())) > 350 and np.isin(cut[0], held[1]).all(), "what is held out takes turns, and holds the largest group once"
     wrong, = folds(q, make_config(ChooseConfig, method="multiple-choice", folds="wrong"))
     assert len(wrong.train) == 450 and len(wrong.judged) == 500
 
@@ -139,6 +141,8 @@ def test_what_is_trained_follows_the_settings(asked, tiny_model):
     assert not [k for k in merged if "lora_" in k] and not torch.equal(merged[name], before[name.replace("query.", "query.base_layer.")])
     hinted, _, other = tuned(hints=1.0)
     assert hinted.loss[0][1] > whole.loss[0][1] and not torch.equal(other[name], after[name])
+    _, _, other = tuned(both_ways=True)
+    assert not torch.equal(other[name], after[name])
     again, _, other = tuned(reworded=True)
     assert again.steps == 2 * whole.steps
 
