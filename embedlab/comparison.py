@@ -7,7 +7,7 @@ __all__ = ['COMPARISON', 'CompareConfig', 'read_outputs', 'is_comparison', 'find
            'grouped', 'check_data', 'Row', 'items', 'sides', 'difference', 'rows_for', 'Comparison', 'chosen_keys',
            'compare_runs']
 
-# %% ../nbs/27_comparison.ipynb #4d827580
+# %% ../nbs/27_comparison.ipynb #260e4d5b
 import difflib, glob, json, re
 from dataclasses import dataclass, replace
 from os.path import commonprefix
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from .config import ChooseConfig, InputError, Names, RunConfig
+from .config import ChooseConfig, InputError, Names, RunConfig, SolveConfig
 from .records import LEADING, Record, mark, read_record, runs, runs_folder
 from .significance import Delta, compare, correct, over_seeds
 
@@ -80,10 +80,10 @@ def find_runs(names: list[str],               # names, notebooks or globs
             elif read_outputs(path) and not is_comparison(path): lines.append(f"{path.name} holds no record")   # no outputs: just begun
     return found, lines
 
-# %% ../nbs/27_comparison.ipynb #34780d44
+# %% ../nbs/27_comparison.ipynb #34fcc3a3
 def settings(r: Record) -> dict:
     "List the settings that a method consists of."
-    cls = {"train": RunConfig, "choose": ChooseConfig}.get(r.kind)
+    cls = {"train": RunConfig, "choose": ChooseConfig, "solve": SolveConfig}.get(r.kind)
     defaults = cls().model_dump() if cls else {}   # a record may be older than a setting
     return {k: v for k, v in (defaults | r.params).items() if k not in ("seed", "run", "preset", "fresh")}
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Names', 'Similarity', 'Similarities', 'Widths', 'Numbers', 'Steps', 'Rates', 'InputError', 'cache_folder', 'Life',
-           'Measuring', 'EvaluateConfig', 'Starting', 'RunConfig', 'ChooseConfig', 'make_config', 'config_from',
-           'fingerprint']
+           'Measuring', 'EvaluateConfig', 'Starting', 'RunConfig', 'ChooseConfig', 'SolveConfig', 'make_config',
+           'config_from', 'fingerprint']
 
 # %% ../nbs/00_config.ipynb #f4998c3b
 import difflib, hashlib, json, os
@@ -269,6 +269,75 @@ class ChooseConfig(Life):
         if self.clauses and self.method not in ("zero-shot", "bi-encoder"): raise ValueError(f"clauses: {self.method} reads a question as it is; leave clauses out")
         if other := [k for k, on in (("hints", self.hints), ("reworded", self.reworded), ("tune", self.tune == "lora"), ("interpolate", self.interpolate)) if on and self.method != "bi-encoder"]: raise ValueError(f"{other[0]}: this is for method=bi-encoder, not {self.method}; leave {other[0]} out")
         if self.patience and not self.hold_out: raise ValueError("patience: nothing is held out to stop by; give hold_out, or leave patience out")
+        return self
+
+# %% ../nbs/00_config.ipynb #9ed5ca15
+class SolveConfig(Life):
+    "Hold every setting of one run over grid puzzles."
+    # what is solved
+    puzzles: Names = Field(["families"], min_length=1, description="What is solved, separated by commas: families (both parts), families:seen, families:held-out, arc-agi-1, a folder or a file of tasks")
+    tasks: int | None = Field(60, ge=1, description="Tasks of each set to solve: of families as many are made, of files so many are drawn; without a number, all of a file's")
+    sample: int = Field(0, ge=0, description="Seed by which tasks are drawn from a file")
+    max_side: int | None = Field(None, ge=1, le=30, description="Leave tasks with longer sides out of the measurement, counted; without it, all are in")
+    # what is trained on
+    train: Names = Field(["families"], min_length=1, description="What is trained on: families, arc-agi-1, folders or files of tasks; what is solved is kept out")
+    families: Names = Field([], description="Families that training draws from and families:seen is made of; without any, the eighteen that chapter 39 calls seen")
+    held_out: Names = Field([], description="Families that only families:held-out is made of; without any, the six of chapter 39")
+    size: int = Field(6, ge=3, le=12, description="Longest side of a generated task's inputs")
+    demos: int = Field(3, ge=1, le=8, description="Demonstrations of a generated task")
+    # the model
+    base: str = Field("scratch", min_length=1, description="Model to start from: scratch (a small Qwen2 from nothing), a hub id, a folder or a run's name")
+    width: int = Field(128, ge=8, description="Width of a new model (base scratch)")
+    layers: int = Field(6, ge=1, le=48, description="Blocks of a new model")
+    heads: int = Field(4, ge=1, description="Attention heads of a new model; they share its width")
+    continue_from: str | None = Field(None, min_length=1, description="Run whose training is continued, as the next stage: its weights, and its adapter where both stages train one of the same shape")
+    stage: Literal["fresh", "continued"] = Field("fresh", description="Rate of a stage: a schedule of its own with a warm-up, or that of all stages together, from where the run before ended")
+    # training
+    steps: int = Field(600, ge=0, description="Optimiser steps; 0 trains nothing, to measure a model or what tuning at test time adds to it")
+    batch_size: int = Field(16, ge=1, description="Examples in a batch")
+    micro_batch: int | None = Field(None, ge=1, description="Examples in memory at once, the gradients are those of the whole batch; halved by itself where memory runs out")
+    accumulate: int = Field(1, ge=1, description="Batches whose gradients are averaged before one step")
+    lr: float = Field(1e-3, gt=0, le=1, description="Peak learning rate; 1e-3 suits a small model from nothing, 1e-4 LoRA on a trained one, 1e-5 all of its weights")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="How the rate falls after the warm-up, over all optimiser steps")
+    warmup: Steps = Field(0.05, description="Optimiser steps over which the rate rises from zero: a share of all below 1, else a number of steps")
+    weight_decay: float = Field(0.0, ge=0, lt=1, description="AdamW's pull of the weights towards zero")
+    max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are scaled down to this norm")
+    tune: Literal["all", "lora"] = Field("all", description="What is trained: every weight, or LoRA's small matrices")
+    lora_rank: int = Field(64, ge=1, description="Rank of LoRA's matrices; the guide compares 32, 64 and 128")
+    lora_alpha: float = Field(64, gt=0, description="LoRA's update is scaled by alpha / rank (by alpha / sqrt(rank) with lora_rs), at test time too")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of LoRA's matrices, at test time too")
+    lora_rs: bool = Field(False, description="Rank-stabilised LoRA: keeps the update's size when the rank grows")
+    lora_dora: bool = Field(False, description="DoRA: learns each column's length apart from its direction")
+    lora_targets: Names = Field(["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1, description="Names of the linear layers that LoRA adapts")
+    inputs: float = Field(0.0, ge=0, le=1, description="Share of examples that model the inputs, the guide's second task, instead of the output")
+    answers: Literal["every", "last"] = Field("every", description="Where the loss looks: at each output after the first demonstration's, or at the test's alone")
+    augment: bool = Field(True, description="Turn, mirror and recolour each example and mix the order of its demonstrations")
+    checks: int = Field(4, ge=1, description="How often in a run a checkpoint is sealed")
+    # at test time
+    test_steps: int = Field(0, ge=0, description="Steps that the model is tuned on each task's own demonstrations before it is solved; the guide has 300")
+    test_adapter: Literal["new", "continued", "none"] = Field("new", description="What is tuned then: a new adapter, the trained one, or every weight; set back between tasks")
+    test_rank: int = Field(32, ge=1, description="Rank of a new adapter")
+    test_lr: float = Field(1e-3, gt=0, le=1, description="Peak rate of tuning at test time, which falls to zero; the guide has 8e-5 for a model of 500M")
+    test_batch: int = Field(4, ge=1, description="Examples in a batch then; the guide has 1")
+    predictions: int = Field(8, ge=1, description="Changed forms of each task that are answered; the answers are changed back and vote. The guide has 96")
+    predict_batch: int = Field(64, ge=1, description="Answers written at once; halved by itself where memory runs out")
+    seed: int = Field(0, ge=0, description="Seed of a new model, of adapters, examples and changes")
+    fresh: bool = Field(False, description="Start over even where a checkpoint, a model or solved tasks of this very run exist")
+
+    @model_validator(mode="after")
+    def _solved(self) -> "SolveConfig":
+        changed = lambda *names: next((k for k in names if getattr(self, k) != SolveConfig.model_fields[k].default), None)
+        if self.continue_from and changed("base"): raise ValueError(f"base: run '{self.continue_from}' that is continued has its own; leave base out")
+        if (self.base != "scratch" or self.continue_from) and (k := changed("width", "layers", "heads")): raise ValueError(f"{k}: this is for a new model (base scratch); base '{self.continue_from or self.base}' has its own")
+        if self.width % self.heads or self.width // self.heads % 2: raise ValueError(f"heads: {self.heads} heads can't share a width of {self.width} in equal, even parts; give a divisor of {self.width // 2}")
+        if self.stage == "continued" and not self.continue_from: raise ValueError("stage: there is no run whose schedule could go on; name it with continue_from, or leave stage out")
+        if self.tune == "lora" and self.base == "scratch" and not self.continue_from: raise ValueError("tune: LoRA beside weights that are random learns next to nothing; give tune=all, or a base that was trained")
+        if self.test_steps and self.test_adapter == "continued" and self.tune != "lora": raise ValueError("test_adapter: there is no trained adapter to continue; give tune=lora, or test_adapter new or none")
+        if self.test_steps and "families" in "".join(self.puzzles) and self.demos < 2: raise ValueError("demos: tuning at test time leaves one demonstration out, which takes 2 at least; give more demos, or test_steps 0")
+        if self.tune != "lora" and not (self.test_steps and self.test_adapter == "new") and (k := changed("lora_alpha", "lora_dropout", "lora_rs", "lora_dora", "lora_targets")): raise ValueError(f"{k}: no adapter is trained; give tune=lora, or leave {k} out")
+        if self.tune != "lora" and (k := changed("lora_rank")): raise ValueError("lora_rank: no adapter is trained; give tune=lora, or test_rank for the adapter of a single task")
+        if both := {*self.families} & {*self.held_out}: raise ValueError(f"held_out: {', '.join(sorted(both))} would be trained on; name each family once")
+        if self.steps and "families" not in self.train and self.families and not [p for p in self.puzzles if p.startswith("families")]: raise ValueError("families: none is trained on or solved; leave families out, or name families in train")
         return self
 
 # %% ../nbs/00_config.ipynb #2ead12a9

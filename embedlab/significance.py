@@ -156,7 +156,7 @@ def newcombe(before: np.ndarray, after: np.ndarray # (items,) of 0 and 1
     end = lambda x, y: math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
     return float(a - b - end(a - la, ub - b)), float(a - b + end(ua - a, b - lb))
 
-# %% ../nbs/18_significance.ipynb #ed4e3c6e
+# %% ../nbs/18_significance.ipynb #1b950618
 def _pearson(x, y) -> Callable:
     x, y = (x - x.mean()) / x.std(), (y - y.mean()) / y.std()
     columns = np.stack([x, y, x * x, y * y, x * y], 1)
@@ -212,6 +212,7 @@ def kind_of(metric: str # "<set>/<metric>", or the metric alone
            ) -> str:    # a key of FIGURES, "accuracy", or "mean"
     "Say how a metric is made of its items; a suffix such as -dot or -euclidean makes no difference."
     name = metric.rsplit("/", 1)[-1]
+    if name.startswith("solved@"): return "accuracy"   # right or wrong, each puzzle
     return next((k for k in ("accuracy", *FIGURES) if name == k or name.startswith(k + "-")), "mean")
 
 # %% ../nbs/18_significance.ipynb #d2b6dbec
