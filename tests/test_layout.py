@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, keeps_record
 from embedlab.benchmarking import BenchConfig
 from embedlab.comparison import CompareConfig
-from embedlab.config import ChooseConfig, EvaluateConfig, RunConfig, make_config
+from embedlab.config import ChooseConfig, EvaluateConfig, RunConfig, SolveConfig, make_config
 from embedlab.estimate import PreflightConfig
 from embedlab.sweeping import SweepConfig
 
@@ -30,7 +30,7 @@ def test_parameters_tag(path):
     assert len(tagged) == 1 and tagged[0].cell_type == "code"
 
 
-@pytest.mark.parametrize("driver, cls", [("train", RunConfig), ("evaluate", EvaluateConfig), ("choose", ChooseConfig), ("compare", CompareConfig), ("sweep", SweepConfig), ("bench", BenchConfig), ("preflight", PreflightConfig)])
+@pytest.mark.parametrize("driver, cls", [("train", RunConfig), ("evaluate", EvaluateConfig), ("choose", ChooseConfig), ("solve", SolveConfig), ("compare", CompareConfig), ("sweep", SweepConfig), ("bench", BenchConfig), ("preflight", PreflightConfig)])
 def test_parameters_are_the_defaults(driver, cls):
     cell = next(c for c in nbformat.read(ROOT / f"nbs/{driver}.ipynb", 4).cells if "parameters" in c.metadata.get("tags", []))
     values = {}
@@ -46,7 +46,7 @@ PRESETS = sorted(ROOT.glob("nbs/presets/*/*.yaml"))
 def test_presets_are_settings(path):
     "Each is taken by the driver, says its own name, and begins with its reason; 1e-4 would be read as text."
     values = yaml.safe_load(path.read_text())
-    cfg = make_config(ChooseConfig if path.parent.name == "recipes" else RunConfig, **values)
+    cfg = make_config({"recipes": ChooseConfig, "puzzles": SolveConfig}.get(path.parent.name, RunConfig), **values)
     assert cfg.preset == f"{path.parent.name}/{path.stem}" and path.read_text().startswith("# ")
     assert all(not isinstance(v, str) or isinstance(getattr(cfg, k), (str, list)) for k, v in values.items())
 
