@@ -221,6 +221,20 @@ def test_a_failed_adaptation_is_counted(qwen, monkeypatch, tmp_path, capsys):
     assert text(whole([fine, nan])) == text(said)
 
 
+def test_what_was_learned_solves(home, tmp_path):
+    "Tasks of a file whose answer is always one seven: nothing is solved before, all of another file's after forty steps."
+    rng = np.random.default_rng(0)
+    grid = lambda: rng.integers(0, 10, (3, 3)).astype(np.uint8)
+    seven = lambda n, k: write_tasks(tmp_path / f"{n}.json", [Task(f"{n}{i}", [(grid(), np.array([[7]], np.uint8)) for _ in range(3)], [(grid(), np.array([[7]], np.uint8))]) for i in range(k)])
+    params = TINY | dict(train=str(seven("some", 20)), puzzles=str(seven("other", 6)), tasks=None, steps=40, lr=1e-2, augment=False, predictions=1)
+    cfg = make_config(SolveConfig, **params)
+    sets, on, start = puzzle_sets(cfg)[0], machine(cfg), begin(cfg, machine(cfg))
+    before = solve_sets(start.model, start.wording, sets, cfg, on, home / "before", tune=False)
+    _, _, start, _ = run_stage(home, "one", **params)
+    after = solve_sets(start.model, start.wording, sets, cfg, on, home / "after", tune=False)
+    assert [figures_of(sets, x)[0].mean() for x in (before, after)] == [0, 1] and after["other"][0]["attempts"] == [[["7", 1]]]
+
+
 def job(home: str, steps: list[tuple]):
     "Train stages and solve, each as a run's cells do, and write down what came out."
     torch.set_num_threads(1)
@@ -243,9 +257,10 @@ def test_killed_and_continued(tmp_path):
     def finish(home, *steps):
         p = start(home, *steps); p.join()
         assert p.exitcode == 0, Path(f"{home}.log").read_text()[-2000:]
-    def kill_when(p, there):
+    def kill_when(p, there, softly=False):
         while p.is_alive() and not there(): time.sleep(0.001)
-        p.kill(); p.join()   # signal 9
+        p.terminate() if softly else p.kill()   # signals 15 and 9
+        p.join()
         assert there(), "it ended before it was killed"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for h in (whole, cut): h.mkdir()
@@ -253,7 +268,7 @@ def test_killed_and_continued(tmp_path):
     checkpoint = lambda run, n: lambda: any((cut / run / "checkpoints" / f"checkpoint-{k}").is_dir() for k in n)
     kill_when(start(cut, ("one", first)), checkpoint("one", (10, 15)))
     finish(cut, ("one", first))
-    kill_when(start(cut, ("two", second)), checkpoint("two", (10, 15)))
+    kill_when(start(cut, ("two", second)), checkpoint("two", (10, 15)), softly=True)
     solved = lambda: [*(cut / "two" / "tasks").glob("*.json")]
     kill_when(start(cut, ("two", second)), lambda: len(solved()) >= 3)
     before = {p.name: p.stat().st_mtime_ns for p in solved()}
@@ -264,7 +279,7 @@ def test_killed_and_continued(tmp_path):
         a, b = (json.loads((h / run / "end.json").read_text()) for h in (whole, cut))
         assert a == b, [k for k in a if a[k] != b[k]]
     log = Path(f"{cut}.log").read_text()
-    assert log.count("continuing from checkpoint-") == 2 and "of 16 tasks were finished before" in log
+    assert log.count("continuing from checkpoint-") == 2 and "SIGTERM stopped the run after step" in log and "of 16 tasks were finished before" in log
 
 
 def test_stages_by_name(home):
