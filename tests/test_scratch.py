@@ -180,8 +180,9 @@ def test_bad_input(judged, tiny_model, tmp_path):
     with bad("blocks: 2,0 is out of order"): make_config(blocks="2,0")
     experts = new_model(make_config(**SMALL | {"experts": 4}), TEXTS)
     with bad("micro_batch: the balance of experts"): TrainingLoss(experts, balance=0.01, micro_batch=2)   # a base that has experts already
-    starved = SimpleNamespace(loss=TrainingLoss(experts, balance=0.01), cfg=make_config(), args=SimpleNamespace(world_size=1), state=SimpleNamespace(global_step=4))
-    with bad("out of memory at step 5, and the balance of experts needs the whole batch"): Engine._halved(starved)
+    starved = object.__new__(Engine)   # an engine in the middle of its fifth step
+    starved.__dict__ |= dict(loss=TrainingLoss(experts, balance=0.01), cfg=make_config(), args=SimpleNamespace(world_size=1), state=SimpleNamespace(global_step=4))
+    with bad("out of memory at step 5, and the balance of experts needs the whole batch"): starved._halved()
     with bad("can't share the dense layer's width"): new_model(make_config(**SMALL | {"experts": 8, "experts_per_token": 3}), TEXTS)
     with bad("vocabulary: 110 entries can't hold"): new_model(make_config(**SMALL | {"vocabulary": 110}), [chr(0x4e00 + i) for i in range(200)])
     with bad("does not know .* of .* words: it was made from other text"): new_model(make_config(**SMALL | {"tokenizer": "minilm"}), ["여기는 어디 입니까"] * 5)

@@ -42,7 +42,7 @@ def test_runs_keep_their_record_and_pictures(processed):
             assert len(read_outputs(processed / p.relative_to(ROOT), "image/png")) == len(read_outputs(p, "image/png")) >= 2
             continue
         page, r = processed / p.relative_to(ROOT), None if is_comparison(p) else read_record(p)
-        kind, pictures = (MIME, 1 if r.kind == "evaluate" else 4 if any(k.endswith("/ndcg@10") for k in r.after) else 2) if r else (COMPARISON, 2)   # without a ranking there are no queries and no map to draw
+        kind, pictures = (MIME, 1 if r.kind == "evaluate" or not r.model["trainable"] else 4 if any(k.endswith("/ndcg@10") for k in r.after) else 2) if r else (COMPARISON, 2)   # without a ranking there are no queries and no map to draw
         assert read_outputs(page, kind) == read_outputs(p, kind) != []
         assert len(read_outputs(page, "image/png")) >= pictures
 
