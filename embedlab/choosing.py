@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'PARTS_LR', 'parts_of', 'hint_pairs', 'rows_of', 'BiEncoder'
            'reworded', 'train_on', 'Fold', 'folds', 'overlap', 'control', 'judge', 'hits', 'figures', 'kinds_missing',
            'summary', 'combined']
 
-# %% ../nbs/37_choosing.ipynb #f10dc2c0
+# %% ../nbs/37_choosing.ipynb #61f2b61d
 import contextlib, json, math, tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging as hf_logging
 
 from .clauses import asked_and_refused
 from .config import ChooseConfig, InputError, RunConfig
@@ -31,7 +32,7 @@ from .trainer import warmup_steps
 from .tuning import merge, prepare
 from .watching import FitLog, Watch
 
-# %% ../nbs/37_choosing.ipynb #118e481e
+# %% ../nbs/37_choosing.ipynb #67228b60
 PARTS = (0.5, 0.5, -0.3)   # weights that the whole question, what it asks and what it refuses begin with: about what `fit_weights` finds (chapter 36)
 PARTS_LR = 0.01            # their own peak rate: at the encoder's they would not move
 
@@ -96,8 +97,10 @@ class Together(nn.Module):
                  cfg: ChooseConfig, on: Machine):
         super().__init__()
         self.cfg, self.tokenizer = cfg, AutoTokenizer.from_pretrained(name)
+        level = hf_logging.get_verbosity(); hf_logging.set_verbosity_error()   # it would list the new head, and the base's place on this machine
         how = {"attn_implementation": "eager"} if on.device == "cpu" else {}   # the fused kernel's backward pass is slow there (chapter 10)
         self.body = AutoModelForMultipleChoice.from_pretrained(name, **how) if cfg.method == "multiple-choice" else AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **how)
+        hf_logging.set_verbosity(level)
 
     def batch(self, rows: list[tuple]) -> dict:
         n = max(len(o) for _, o, *_ in rows)
