@@ -104,7 +104,7 @@ class Average:
     def swap(self):
         for n, p in self.weights.items(): other = p.clone(); p.copy_(self.kept[n]); self.kept[n].copy_(other)
 
-# %% ../nbs/23_engine.ipynb #54a69587
+# %% ../nbs/23_engine.ipynb #9a51b9d7
 def out_of_memory(e: BaseException) -> bool:
     "Tell whether an error means that memory ran out; on a processor PyTorch has no class of its own for it."
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e) or "not enough memory" in str(e)
@@ -249,7 +249,6 @@ class Engine(Guarded, SentenceTransformerTrainer):
         return half
 
     def log(self, logs, start_time=None):
-        self.check()
         if "loss" in logs: logs, self.by_set = logs | {OF_SET + n: float(torch.stack(x).mean()) for n, x in sorted(self.by_set.items())}, {}
         if "learning_rate" in logs and self.head_rate is not None: logs = logs | {"head_learning_rate": self.head_rate}
         return super().log(logs, start_time)
