@@ -166,8 +166,8 @@ class RunConfig(Starting):
     # what is trained
     tune: Literal["all", "head", "lora"] = Field("all", description="What is trained: every weight, the projection head alone, or LoRA's small matrices")
     token_weights: float = Field(0.0, ge=0, le=4, description="Weigh the tokens of the mean by this power of their inverse document frequency, counted in the training texts before training; 0: all alike")
-    lexical_dims: int = Field(0, ge=0, le=4096, description="Dimensions appended to the embedding for a text's very words: each token has a fixed random direction, weighed as token_weights says, or else by the plain inverse document frequency; 0: none")
-    lexical_weight: float = Field(0.25, gt=0, le=4, description="Mean square of the appended part's length, beside the dense part's 1: the share of lexical matching in a cosine")
+    lexical_dims: int = Field(0, ge=0, le=4096, description="Dimensions of the embedding for a text's very words: each token has a fixed random direction, weighed as token_weights says, or else by the plain inverse document frequency; 0: none")
+    lexical_weight: float = Field(0.25, gt=0, le=4, description="Square of the words' length beside the dense part's mean square: the share of lexical matching in a cosine")
     head: int | None = Field(None, ge=2, description="Width of a projection head put on top; without one there is none")
     head_hidden: int | None = Field(None, ge=2, description="Width of a layer between base and head, with a bend in it (GELU); without one the head is linear")
     unit_length: bool = Field(True, description="Keep the base's last step that scales embeddings to length 1; off leaves them a length of their own, for dot products and distances")

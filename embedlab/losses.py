@@ -85,7 +85,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
     def embed(self, features: list[dict]) -> list[Tensor]: # (batch, width) of each column
         "Embed the columns, in one pass where they are packed."
         if not all("cu_seq_lens_q" in f and "prompt_length" not in f for f in features):   # prompts of two lengths can't be left out of one pass
-            return [self.model(f)["sentence_embedding"] for f in features]
+            return [self.model(dict(f))["sentence_embedding"] for f in features]   # modules write into it, and a batch may be tried again
         return self.model(join(features))["sentence_embedding"].split([len(f["cu_seq_lens_q"]) - 1 for f in features])
 
     def calculate_loss(self, reps: list[list[Tensor]],  # embeddings of each column, in pieces

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Normalize
-from sentence_transformers.sentence_transformer.modules import Pooling, WordEmbeddings, WordWeights
+from sentence_transformers.base.modules import Dense, Normalize
+from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
+from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
 from sklearn.feature_extraction.text import CountVectorizer
 from transformers.utils import logging as hf_logging
 
@@ -186,25 +187,34 @@ def _weigh(model, weights): # one number for each token
 # %% ../nbs/08_models.ipynb #5ae54ca8
 def append_words(model: SentenceTransformer,
                  texts: list[str],   # where document frequencies are counted; repeats count once
-                 dims: int,          # to append
-                 weight: float,      # square of the appended part's length, on average, beside the dense part's 1
+                 dims: int,          # for the words
+                 weight: float,      # square of the words' length beside the mean square of the dense part's, over some of the texts
                  power: float = 1.0, # of the inverse document frequency
                  seed: int = 0       # of the tokens' directions
                 ) -> SentenceTransformer: # the same one
-    "Append to the embedding what its tokens are: each has a random direction, and a text the sum of its tokens' by inverse document frequency, over the root of their number."
+    "Put in front of the embedding which tokens a text has: each has a random direction, and a text the sum of its tokens' by inverse document frequency."
     at, width = next((i for i, m in enumerate(model) if isinstance(m, Pooling)), None), model.get_embedding_dimension()
-    if any(isinstance(m, WordEmbeddings) for m in model): raise InputError("lexical_dims: this base holds its texts' words already; leave lexical_dims out")
-    if at is None or len(model) - at > 2 or not isinstance(model[-1], (Pooling, Normalize)): raise InputError("lexical_dims: this base does more than pool its tokens, so words can't be put beside them; leave lexical_dims out")
+    if any(isinstance(m, SparseStaticEmbedding) for m in model): raise InputError("lexical_dims: this base holds its texts' words already; leave lexical_dims out")
+    if at is None or len(model) - at > 2 or not isinstance(model[-1], (Pooling, Normalize)) or model[at].pooling_mode not in ("mean", ("mean",)):
+        raise InputError("lexical_dims: this base does more than average its tokens, so words can't be put beside them; leave lexical_dims out")
     if (width + dims) % 2: raise InputError(f"lexical_dims: {width} + {dims} dimensions can't be halved, which the library's pooling wants; give {dims + 1}")
-    idf, counts = _idf(model, texts)
+    idf, _ = _idf(model, texts)
     idf[model.tokenizer.all_special_ids] = 0   # they stand in every text
-    length = np.asarray(counts.multiply(idf ** power).power(2).sum(1) / counts.sum(1)).mean()   # squared; the directions are nearly at right angles
-    r = np.random.default_rng(seed).normal(size=(len(idf), dims))
-    table = r / np.linalg.norm(r, axis=1, keepdims=True) * idf[:, None] ** power * np.sqrt(weight / length)
-    for m in (WordEmbeddings(model.tokenizer, table.astype(np.float32)),
-              _weigh(model, np.ones(len(idf))),   # undoes what a WordWeights before has left in the length
-              Normalize("sentence_embedding", "cls_token_embeddings"),
-              Pooling((width + dims) // 2, ("cls", "mean_sqrt_len_tokens"))): # two parts, which it takes to be equally wide
-        model.insert(at := at + 1, m.to(model.device))
+    r = np.random.default_rng(seed).normal(size=(dims, len(idf)))
+    has = SparseStaticEmbedding(model.tokenizer, torch.tensor(idf ** power, dtype=torch.float32), frozen=True)
+    to = Dense(len(idf), dims, bias=False, activation_function=None, module_output_name="cls_token_embeddings",
+               init_weight=torch.tensor(r / np.linalg.norm(r, axis=0), dtype=torch.float32)).requires_grad_(False)
+    for i, m in enumerate((has, Normalize(), to)): model.insert(1 + i, m.to(model.device))
+    model[at + 3] = Pooling((width + dims) // 2, ("cls", "mean_sqrt_len_tokens"))   # two parts, which it takes to be equally wide
     if not isinstance(model[-1], Normalize): model.append(Normalize())
+    to.linear.weight.mul_((weight * _dense_length(model, texts, dims)) ** 0.5)
     return model
+
+@torch.no_grad()
+def _dense_length(model, texts, dims, most=128): # mean square, over texts spread over all
+    def joined(part):
+        f = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in model.preprocess(part).items()}
+        for m in [*model.eval()][:-1]: f = m(f)
+        return f["sentence_embedding"][:, dims:]
+    some = texts[::max(1, len(texts) // most)]
+    return float(torch.cat([joined(some[i:i + 16]) for i in range(0, len(some), 16)]).square().sum(1).mean())

@@ -10,9 +10,12 @@ __all__ = ['GROUP', 'FLAT', 'SHORT', 'packed_attention', 'attention', 'packs', '
 import contextlib, json, math, time, weakref
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
+from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
 
@@ -105,12 +108,14 @@ def attention(model: SentenceTransformer,
         yield; return
     inner.set_attn_implementation(kernel)
     flat, names = body.can_flatten_inputs, body.model_forward_params
+    counting = _count_packed(model) if kernel == "packed" else []
     if kernel == "packed": _flatten(body)
     elif before == "packed": body.can_flatten_inputs = False
     try: yield
     finally:
         inner.set_attn_implementation(before)
         body.can_flatten_inputs, body.model_forward_params = flat, names
+        for m in counting: del m.forward
 
 class _EndToEnd(DataCollatorWithFlattening):
     def __call__(self, *args, **kw):
@@ -122,6 +127,25 @@ def _flatten(body):
     body.data_collator = _EndToEnd(return_seq_idx=True, return_flash_attn_kwargs=True, return_position_ids=True)
     if body.model_forward_params is not None: body.model_forward_params = body.model_forward_params | FLAT
     body.can_flatten_inputs = True
+
+def _count_packed(model) -> list: # the modules that count a text's tokens, which know padded texts alone; until their own `forward` is taken away again
+    root = any("mean_sqrt_len_tokens" in m.pooling_mode for m in model.children() if isinstance(m, Pooling))
+    def has(m, f):
+        if "cu_seq_lens_q" not in f: return type(m).forward(m, f)
+        there = f["input_ids"].new_zeros(len(f["cu_seq_lens_q"]) - 1, m.num_dimensions)
+        there[f["seq_idx"].flatten(), f["input_ids"].flatten()] = 1
+        f["sentence_embedding"] = there * m.weight
+        return f
+    def weigh(m, f):
+        if "cu_seq_lens_q" not in f: return type(m).forward(m, f)
+        n, text, w = f["cu_seq_lens_q"].diff(), f["seq_idx"].flatten(), m.emb_layer(f["input_ids"]).flatten()
+        per = n / w.new_zeros(len(n)).index_add(0, text, w).clamp(min=1e-9)   # the pooling divides by tokens, and is to divide by their weights
+        f["token_embeddings"] = f["token_embeddings"] * (w * (per.sqrt() if root else per)[text])[None, :, None]
+        return f
+    new = {SparseStaticEmbedding: has, WordWeights: weigh}
+    found = [m for m in model.children() if type(m) in new]
+    for m in found: m.forward = partial(new[type(m)], m)
+    return found
 
 _PROBED = weakref.WeakKeyDictionary()
 

@@ -54,7 +54,7 @@ class TrainingLoss(ContrastiveLoss):
     def embed(self, features: list[dict]) -> list[Tensor]: # (batch, width) of each column
         "Embed the columns; with experts one by one, so that the use of each pass is seen."
         if not self.balance: return super().embed(features)
-        out, uneven = zip(*((self.model(f)["sentence_embedding"], balance_loss(self.model)) for f in features))
+        out, uneven = zip(*((self.model(dict(f))["sentence_embedding"], balance_loss(self.model)) for f in features))
         self.uneven = torch.stack(uneven).mean()
         return list(out)
 

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import WordWeights
+from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
 from torch import nn
 from transformers import Trainer
 
@@ -82,7 +83,8 @@ def prepare(model: SentenceTransformer,
     "Add the head, freeze what is not trained, put LoRA's matrices in and let embeddings have their length; in place."
     if cfg.tune != "all": model.requires_grad_(False)
     for m in model:
-        if isinstance(m, WordWeights): m.requires_grad_(False)   # how much a token weighs was counted
+        if isinstance(m, (WordWeights, SparseStaticEmbedding)) or getattr(m, "module_output_name", None) == "cls_token_embeddings":
+            m.requires_grad_(False)   # what a token weighs was counted, and the directions of words are drawn once
     with torch.random.fork_rng(devices=[]):   # the same start each time, and the caller's random numbers stay as they were
         torch.manual_seed(cfg.seed)
         if cfg.tune == "lora": add_lora(model, cfg)
