@@ -195,7 +195,7 @@ def run_jobs(cfg: SweepConfig,
         return _run(todo, free, out, home, execute)
 
 def _run(todo: list[Job], free: list[dict], out: Callable, home: Path, execute: Callable) -> dict[str, str]:
-    waiting, running, failed, began, done = todo[::-1], [], {}, time.monotonic(), 0
+    waiting, running, failed, took, most = todo[::-1], [], {}, [], len(free)
     try:
         while waiting or running:
             while waiting and free:
@@ -205,16 +205,19 @@ def _run(todo: list[Job], free: list[dict], out: Callable, home: Path, execute: 
             for x in [x for x in running if x[3].poll() is not None]:
                 job, place, start, _ = x
                 running.remove(x); free.append(place)
-                done += 1
+                took.append(time.monotonic() - start)
                 if why := collect(job, out(job), home): failed[job.run] = why
-                left = timedelta(seconds=round((time.monotonic() - began) / done * (len(todo) - done)))
-                print(f"{done}/{len(todo)} {job.run} {f'failed: {why}' if why else 'completed'} after {time.monotonic() - start:.0f} s"
-                      + (f" · about {left} left" if done < len(todo) else ""), flush=True)
+                print(f"{len(took)}/{len(todo)} {job.run} {f'failed: {why}' if why else 'completed'} after {took[-1]:.0f} s"
+                      + (f" · about {_left(took, [time.monotonic() - r[2] for r in running], len(waiting), most)} left" if len(took) < len(todo) else ""), flush=True)
             if running: time.sleep(PAUSE)
     finally:
         for *_, process in running: process.kill()
         for *_, process in running: process.wait()
     return failed
+
+def _left(took: list[float], since: list[float], waiting: int, places: int) -> timedelta: # seconds of finished runs, and since others began
+    one = sum(took) / len(took)
+    return timedelta(seconds=round((one * waiting + sum(max(0, one - s) for s in since)) / min(places, waiting + len(since))))
 
 # %% ../nbs/30_sweeping.ipynb #8a844a30
 def conclude(cfg: SweepConfig, jobs: list[Job], failed: dict[str, str] # from `run_jobs`
@@ -228,8 +231,10 @@ def conclude(cfg: SweepConfig, jobs: list[Job], failed: dict[str, str] # from `r
 
 def next_step(cfg: SweepConfig, jobs: list[Job], c: Comparison) -> str:
     "Write the command that measures the best setting on the test split, where there is something to confirm."
-    best, split = c.top()[0], jobs[0].settings.split
-    if best.verdict != "better": return f"{best.group.label} has the highest score on {best.set} and is {best.verdict} beside {c.baseline}: there is nothing to confirm on the test split."
+    first, split = [max((x for x in c.rows if x.set == s), key=lambda x: x.mean) for s in c.sets], jobs[0].settings.split
+    best = next((x for x in first if x.verdict == "better"), None)
+    if not best:
+        return f"{first[0].group.label} has the highest score on {first[0].set} and is {first[0].verdict} beside {c.baseline}" + (f"; on {', '.join(c.sets[1:])} the highest is not better either" if c.sets[1:] else "") + ": there is nothing to confirm on the test split."
     if split == "test": return "These figures are of the test split already; the best of them is the best of several."
     job = next(j for j in jobs if j.run in best.group.runs)
     name = f"{best.group.name}-test"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -16,7 +17,7 @@ from conftest import ROOT
 from embedlab.comparison import COMPARISON, read_outputs
 from embedlab.config import InputError, make_config
 from embedlab.records import MIME, Record, read_record
-from embedlab.sweeping import SweepConfig, collect, conclude, execute, finished, plan, places, run_jobs
+from embedlab.sweeping import Job, SweepConfig, _left, collect, conclude, execute, finished, next_step, plan, places, run_jobs
 
 
 def sweep_of(**params): return plan(make_config(SweepConfig, **params))
@@ -271,3 +272,15 @@ def test_places(monkeypatch):
     assert [p["CUDA_VISIBLE_DEVICES"] for p in places(None, 100)] == ["5", "7"]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert {p["OMP_NUM_THREADS"] for p in places(None, 100)} == {"3"}
+
+
+def test_what_is_left_and_what_is_worth_confirming():
+    "Two at a time halve what is left, and a gain on the second set is a gain."
+    assert _left([60.0], [50.0], waiting=0, places=2).seconds == 10
+    assert _left([50.0, 70.0], [30.0], waiting=3, places=2).seconds == (3 * 60 + 30) / 2
+    group = SimpleNamespace(name="g", label="g", runs={"g-s0": None})
+    row = lambda name, verdict: SimpleNamespace(set=name, mean=0.5, verdict=verdict, group=group)
+    job = Job("g-s0", ROOT / "nbs/train.ipynb", {"lr": 1e-4, "run": "g-s0"}, make_config(split="dev"))
+    c = lambda *rows: SimpleNamespace(rows=rows, sets=[x.set for x in rows], baseline="base")
+    assert "Best on b (dev): g" in next_step(None, [job], c(row("a", "within noise"), row("b", "better")))
+    assert next_step(None, [job], c(row("a", "within noise"), row("b", "worse"))) == "g has the highest score on a and is within noise beside base; on b the highest is not better either: there is nothing to confirm on the test split."
