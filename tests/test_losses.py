@@ -190,3 +190,15 @@ def test_two_processes_are_one(tmp_path):
         for got, grad, _ in (r[name] for r in ranks):
             assert got == pytest.approx(whole[0].item(), rel=1e-5) and off(grad, want) < 1e-5, name
         assert sum(r[name][2] for r in ranks) == loss.masked
+
+
+def test_a_batch_is_left_as_it_was(tiny_model):
+    "Modules write into what they are given; a batch that is tried again must not hold what the first try left."
+    from embedlab.losses import ContrastiveLoss
+    from embedlab.models import load_model
+    model = load_model(str(tiny_model))
+    features = [dict(model.preprocess(t)) for t in (["red door", "blue house"], ["a door that is red", "a house that is blue"])]
+    before = [{*f} for f in features]
+    loss = ContrastiveLoss(model)
+    first = float(loss(features))
+    assert [{*f} for f in features] == before and float(loss(features)) == first
