@@ -165,6 +165,7 @@ GROUPS = {"beir18": ("trec-covid nfcorpus bioasq nq hotpotqa fiqa signal1m trec-
           "nanobeir": [*NANO[1]]}
 
 def training_data(name: str, # as for `load`
+                  dev_share: float = 0.1, # of the training queries, set aside where there is no dev split; 300 at most
                   **how      # as for `training_pairs`
                  ) -> tuple[Dataset, Dataset, Retrieval | Pairs]: # rows to train on, all judged rows (for masking), dev
     "Load a training set and its dev split, carving one out of train where there is none."
@@ -173,7 +174,7 @@ def training_data(name: str, # as for `load`
     as_dev = lambda data: as_suites(data, name, "dev")[0] if isinstance(data, Dataset) and "score" in data.column_names else as_retrieval(data, name, "dev")
     try: return known, known, as_dev(load(name, "dev"))
     except MissingSplit: pass
-    rest, dev = carve_dev(known)
+    rest, dev = carve_dev(known, dev_share)
     if not isinstance(train, Retrieval): return rest, known, as_dev(dev.remove_columns("label"))
     chosen = set(dev["anchor"])
     ids = [q for q, t in train.queries.items() if t in chosen]
@@ -226,11 +227,12 @@ def training_sets(names: list[str],             # as for `load`
                   seed: int = 0,                  # of the choice of rows
                   choose: list = (),              # dev splits of other sets that are used for a choice
                   corpus: bool = False,           # hold the whole corpus of each retrieval set too, to mine in
+                  dev_share: float = 0.1,         # as for `training_data`
                   **how                           # as for `training_pairs`
                  ) -> list[TrainingSet]:
     "Load the training sets of a run, each with its dev split."
     if twice := next((n for n in names if names.count(n) > 1), None): raise InputError(f"train names {twice} twice")
-    got = [training_data(n, **how) for n in names]
+    got = [training_data(n, dev_share, **how) for n in names]
     rows = [_apart_from(r, [*(d for j, (_, _, d) in enumerate(got) if j != i), *(c for c in choose if (c.name, c.split) != (d.name, d.split))]) for i, (r, _, d) in enumerate(got)]
     if bare := next((n for n, r in zip(names, rows) if not len(r)), None): raise InputError(f"train: no row of {bare} is left, all touch another set's dev split; leave one of the sets out")
     shares = _shares([min(len(r), max_per_set or len(r)) for r in rows], max_pairs)
@@ -301,13 +303,13 @@ def _labelled_dev(train: Dataset) -> tuple[Dataset, Dataset]: # the rest, and a 
     cut = max(1, len(order) // 10)
     return train.select(sorted(order[cut:])), train.select(sorted(order[:cut]))
 
-def _suites(name: str, split: str) -> list[Retrieval | Pairs | Labelled]:
+def _suites(name: str, split: str, dev_share: float) -> list[Retrieval | Pairs | Labelled]:
     if Path(name).is_file(): return as_suites(as_table(read_rows(Path(name)), name), Path(name).stem, split)
     try: data, train = load(name, split), None
     except MissingSplit:
         if split != "dev": raise
         train = load(name, "train")
-        if isinstance(train, Retrieval) or "text" not in train.column_names: return [training_data(name)[2]]
+        if isinstance(train, Retrieval) or "text" not in train.column_names: return [training_data(name, dev_share)[2]]
         train, data = _labelled_dev(train)
     if isinstance(data, Dataset) and "text" in data.column_names and train is None:
         try: train = load(name, "train")
@@ -356,14 +358,15 @@ def clean_parts(found: dict[str, Leaks], suites: list, train: Dataset # all judg
     return out
 
 def evaluation_suites(wanted: list[str],    # sets, paths, groups (beir18, nanobeir), or NAME-clean
-                      split: str = "test"  # or dev
+                      split: str = "test", # or dev
+                      dev_share: float = 0.1 # as for `training_data`
                      ) -> tuple[list[Retrieval | Pairs | Labelled], dict[str, str]]: # what to measure, and why the rest of a group is missing
     "Load what a model is measured on; of a group, sets that can't be had are named rather than fatal."
     out, missing = [], {}
     for name in wanted:
         base = name if Path(name).exists() else name.removesuffix("-clean")
         for part in GROUPS.get(name, [base]):
-            try: found = _suites(part, split)
+            try: found = _suites(part, split, dev_share)
             except InputError as e:
                 if name not in GROUPS: raise
                 missing[part] = str(e); continue

@@ -56,6 +56,7 @@ class Measuring(Life):
     "Hold what every driver that measures an embedding model needs to know."
     evaluate: Names = Field(["pydocs"], min_length=1,
                             description="What to measure on, separated by commas: known sets, NAME-clean, beir18, nanobeir, folders or files")
+    dev_share: float = Field(0.1, gt=0, lt=1, description="Share of a set's training queries that is set aside for choices where it has no dev split, 300 at most; what touches them is not trained on")
     similarity: Similarity = Field("cosine",
                                    description="How documents are ranked, before and after, and how training compares a query with them")
     also_ranked_by: Similarities = Field([], description="Similarities that documents are ranked by as well, as figures of their own: ndcg@10-dot; matters where embeddings have a length")

@@ -48,9 +48,9 @@ class Prepared:
 def prepared(cfg: RunConfig) -> Prepared:
     "Load a run's data and check it for overlap, as the run itself does."
     start = time.perf_counter()
-    sets, _ = evaluation_suites(cfg.evaluate, cfg.split)
-    choosing = evaluation_suites(cfg.choose, "dev")[0] if cfg.choose else []
-    chosen = training_sets(cfg.train, cfg.max_per_set, cfg.max_pairs, cfg.seed, choosing, cfg.negatives and cfg.mine_among == "corpus",
+    sets, _ = evaluation_suites(cfg.evaluate, cfg.split, cfg.dev_share)
+    choosing = evaluation_suites(cfg.choose, "dev", cfg.dev_share)[0] if cfg.choose else []
+    chosen = training_sets(cfg.train, cfg.max_per_set, cfg.max_pairs, cfg.seed, choosing, cfg.negatives and cfg.mine_among == "corpus", cfg.dev_share,
                            contradictions=cfg.contradictions, positive_from=cfg.positive_from, titles=cfg.titles)
     found = find_overlap(joined(chosen), sets, cfg.leaks)
     keep, _ = settle(found, cfg.leaks)

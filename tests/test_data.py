@@ -142,6 +142,11 @@ def test_dev_never_touches_test_or_train(toy):
     assert collections.evaluation_suites([str(toy)], "dev")[0][0].fingerprint == dev.fingerprint
     again = collections.training_data(str(toy))
     assert again[2].fingerprint == dev.fingerprint and again[0].to_dict() == rows.to_dict()
+    some, _, larger = collections.training_data(str(toy), dev_share=0.5)
+    assert set(larger.queries) > set(dev.queries) and len(larger.queries) == len(set(known["anchor"])) // 2
+    assert not set(larger.queries.values()) & set(some["anchor"]) and collections.evaluation_suites([str(toy)], "dev", 0.5)[0][0].fingerprint == larger.fingerprint
+    own, = collections.training_sets([str(toy)], dev_share=0.5)
+    assert own.dev.fingerprint == larger.fingerprint and own.rows["anchor"][:] == some["anchor"][:]
 
 
 real = pytest.mark.skipif(not os.environ.get("EMBEDLAB_DATA"), reason="EMBEDLAB_DATA is not set; point it at a folder that holds scifact, cranfield, cisi, stsb, snli and sick")
