@@ -29,7 +29,7 @@ from .records import Record, rows_of
 from .running import model_named
 from .solvers import Start, add_adapter, answer_loss, groups_of, trained
 from .watching import FitLog
-from .wording import Wording, kernel_for, load_solver
+from .wording import Wording, attending, kernel_for, load_solver
 
 # %% ../nbs/43_adapting.ipynb #56f5c05d
 def puzzle_sets(cfg: SolveConfig) -> tuple[dict[str, list[Task]], dict[str, int]]: # tasks by set; of each, how many were left out as too large
@@ -70,10 +70,10 @@ def greedy(model: torch.nn.Module, wording: Wording,
     width = max(map(len, prompts))
     ids = torch.tensor([[wording.pad] * (width - len(p)) + p for p in prompts], device=on.device)                    # (prompts, tokens) padded on the left
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=on.device)
-    at, cache, out, going = (mask.cumsum(1) - 1).clamp(0), None, [], torch.ones(len(prompts), dtype=torch.bool, device=on.device)
-    cells, column, wide = torch.tensor(wording.cells, device=on.device), torch.zeros_like(at[:, 0]), torch.full_like(at[:, 0], SIDE)   # colours; cells in this row so far, and how many it may have
+    every, cache, out, going = ids, None, [], torch.ones(len(prompts), dtype=torch.bool, device=on.device)
+    cells, column, wide = torch.tensor(wording.cells, device=on.device), torch.zeros_like(ids[:, 0]), torch.full_like(ids[:, 0], SIDE)   # colours; cells in this row so far, and how many it may have
     for _ in range(room):
-        with torch.autocast(on.device, torch.bfloat16, enabled=on.bf16): r = model(input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with torch.autocast(on.device, torch.bfloat16, enabled=on.bf16): r = model(input_ids=ids, attention_mask=mask, position_ids=wording.positions(every, mask)[:, -ids.shape[1]:], past_key_values=cache, use_cache=True, logits_to_keep=1)
         z = r.logits[:, -1].float()
         if not z.isfinite().all(): raise InputError("the model's scores are not numbers; it diverged, lower lr or test_lr, or give precision=fp32")   # argmax would answer 0
         out.append(z.argmax(-1))
@@ -81,7 +81,8 @@ def greedy(model: torch.nn.Module, wording: Wording,
         going = going & (cell & (column < wide) | ends & (column > 0) & ((column == wide) | (wide == SIDE)))   # it has ended, or can be no grid any more
         wide, column = torch.where(ends & (wide == SIDE), column, wide), torch.where(cell, column + 1, 0)
         if not going.any(): break
-        ids, at, cache, mask = out[-1][:, None], at[:, -1:] + 1, r.past_key_values, torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        ids, cache, mask = out[-1][:, None], r.past_key_values, torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        every = torch.cat([every, ids], 1)
     return torch.stack(out, 1).tolist()
 
 def changes_of(task: Task, cfg: SolveConfig) -> list[Change]:
@@ -137,7 +138,7 @@ def adapt(model: torch.nn.Module, wording: Wording, task: Task, cfg: SolveConfig
     for step in range(cfg.test_steps):
         rows = [own_example(task, wording, cfg, step * cfg.test_batch + b) for b in range(cfg.test_batch)]
         ids, targets = (x.to(on.device) for x in lay_out(rows, wording.pad))
-        with torch.autocast(on.device, torch.bfloat16, enabled=on.bf16): loss = answer_loss(model, ids, targets) / (targets != -100).sum()
+        with attending(model, kernel_for(ids.shape[1], on, model)), torch.autocast(on.device, torch.bfloat16, enabled=on.bf16): loss = answer_loss(model, wording, ids, targets) / (targets != -100).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm)
         losses.append(float(loss.detach()))

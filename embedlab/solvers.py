@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['lora_config', 'alike', 'add_adapter', 'trained', 'Solver', 'answer_loss', 'Start', 'chain_of', 'begin',
-           'described_model', 'rate_at', 'groups_of', 'fit_solver', 'live', 'frozen_hash', 'save_solver',
-           'fit_solver_once']
+           'described_model', 'rate_at', 'groups_of', 'MuonAdamW', 'optimizer_for', 'fit_solver', 'live', 'frozen_hash',
+           'save_solver', 'fit_solver_once']
 
 # %% ../nbs/42_solvers.ipynb #4bd0cadf
 import contextlib, hashlib, json, math, shutil, warnings
@@ -79,20 +79,20 @@ class Solver(Guarded, Trainer):
             losses.append(super().one_batch(model, part | {"total": total}))
         return torch.stack(losses).sum()
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
-        return answer_loss(model, inputs["input_ids"], inputs["targets"]) / inputs["total"]
+        return answer_loss(model, self.data.wording, inputs["input_ids"], inputs["targets"]) / inputs["total"]
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.tokens += inputs["tokens"]
         return loss
 
-def answer_loss(model: torch.nn.Module,
+def answer_loss(model: torch.nn.Module, wording: Wording,
                 ids: Tensor,     # (batch, tokens)
                 targets: Tensor  # (batch, tokens) -100 where the loss does not look
                ) -> Tensor:      # sum over the answers' tokens
     "Compute the cross-entropy of answers."
     wanted = targets[:, 1:]
     at = (wanted != -100).any(0).nonzero()[:, 0]   # places before an answer's token, in any row
-    z = model(input_ids=ids, logits_to_keep=at, use_cache=False).logits   # (batch, places, vocabulary)
+    z = model(input_ids=ids, position_ids=wording.positions(ids), attention_mask=torch.ones_like(ids), logits_to_keep=at, use_cache=False).logits   # (batch, places, vocabulary)
     return F.cross_entropy(z.float().flatten(0, 1), wanted[:, at].flatten(), ignore_index=-100, reduction="sum")
 
 # %% ../nbs/42_solvers.ipynb #63f4d707
@@ -119,7 +119,7 @@ def begin(cfg: SolveConfig, on: Machine) -> Start:
     chain, adapter = chain_of(cfg.continue_from) if cfg.continue_from else [], None
     if cfg.base == "scratch" and not chain:
         model, tokenizer = new_solver(cfg.width, cfg.layers, cfg.heads, cfg.seed)
-        wording, place = Wording(tokenizer, readable(model, cfg.max_tokens)), None
+        wording, place = Wording(tokenizer, readable(model, cfg.max_tokens), by_place=True), None
     else:
         place = cfg.continue_from or cfg.base
         saved = runs_folder() / place / "adapter"
@@ -168,6 +168,31 @@ def groups_of(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     for n, p in trained(model).items(): groups.setdefault(n in decayed, []).append(p)
     return [{"params": ps, "weight_decay": weight_decay if on else 0.0} for on, ps in groups.items()]
 
+class MuonAdamW(torch.optim.Optimizer):
+    "Move matrices by PyTorch's Muon and all else by AdamW, as one optimizer."
+    def __init__(self, matrices: list, rest: list[dict], # parameters, and AdamW's groups
+                 matrix_lr: float, lr: float, weight_decay: float, fused: bool):
+        super().__init__([*matrices, *(p for g in rest for p in g["params"])], {})
+        self.both = torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="original"), torch.optim.AdamW(rest, lr=lr, fused=fused)
+        self._join()
+    def _join(self): self.param_groups = [g for o in self.both for g in o.param_groups]   # the very same ones, so that a schedule sets both
+    @torch.no_grad()
+    def step(self, closure=None):
+        for o in self.both: o.step()
+    def state_dict(self) -> dict: return {k: o.state_dict() for k, o in zip(("muon", "adamw"), self.both)}
+    def load_state_dict(self, state: dict):
+        for k, o in zip(("muon", "adamw"), self.both): o.load_state_dict(state[k])
+        self._join()
+
+def optimizer_for(start: Start, cfg: SolveConfig, on: Machine) -> torch.optim.Optimizer:
+    "Choose what moves the weights: Muon the matrices inside a model that was made here, AdamW all else."
+    model, fused = start.model, on.device in ("cpu", "cuda")
+    groups = groups_of(model, cfg.weight_decay)
+    if not cfg.matrix_lr or cfg.tune != "all" or not start.wording.by_place: return torch.optim.AdamW(groups, lr=cfg.lr, fused=fused)
+    inner = {id(p) for n, p in trained(model).items() if p.ndim == 2 and p is not model.get_input_embeddings().weight}
+    rest = [g | {"params": ps} for g in groups if (ps := [p for p in g["params"] if id(p) not in inner])]
+    return MuonAdamW([p for g in groups for p in g["params"] if id(p) in inner], rest, cfg.matrix_lr, cfg.lr, cfg.weight_decay, fused)
+
 def fit_solver(start: Start, cfg: SolveConfig,
                folder: Path,            # checkpoints go to and are continued from here
                avoid: list[Task],       # what is solved
@@ -178,11 +203,11 @@ def fit_solver(start: Start, cfg: SolveConfig,
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     model, data = start.model, Examples(cfg, start.wording, avoid, start.done("examples"))
     resume = last_checkpoint(folder, fingerprint)
-    kernel = about(resume)["kernel"] if resume else kernel_for(max(len(data.made(i)[0]) for i in range(min(len(data), 64))), on)
+    kernel = about(resume)["kernel"] if resume else kernel_for(max(len(data.made(i)[0]) for i in range(min(len(data), 64))), on, start.model)
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     bare.set_attn_implementation(kernel)
     log = FitLog(steps=cfg.steps, batch=cfg.batch_size, resumed_from=step_of(resume) if resume else None)
-    optimizer = torch.optim.AdamW(groups_of(model, cfg.weight_decay), lr=cfg.lr, fused=on.device in ("cpu", "cuda"))
+    optimizer = optimizer_for(start, cfg, on)
     with stoppable() as wish, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         set_seed(cfg.seed)   # of LoRA's dropout
