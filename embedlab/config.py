@@ -337,6 +337,7 @@ class SolveConfig(Life):
         if self.test_steps and self.test_adapter == "continued" and self.tune != "lora": raise ValueError("test_adapter: there is no trained adapter to continue; give tune=lora, or test_adapter new or none")
         if self.test_steps and "families" in "".join(self.puzzles) and self.demos < 2: raise ValueError("demos: tuning at test time leaves one demonstration out, which takes 2 at least; give more demos, or test_steps 0")
         if self.tune != "lora" and not (self.test_steps and self.test_adapter == "new") and (k := changed("lora_alpha", "lora_dropout", "lora_rs", "lora_dora", "lora_targets")): raise ValueError(f"{k}: no adapter is trained; give tune=lora, or leave {k} out")
+        if self.tune == "lora" and self.matrix_lr and changed("matrix_lr"): raise ValueError("matrix_lr: Muon moves the blocks' own matrices, and LoRA's small ones are AdamW's; give lr, or leave matrix_lr out")
         if self.tune != "lora" and (k := changed("lora_rank")): raise ValueError("lora_rank: no adapter is trained; give tune=lora, or test_rank for the adapter of a single task")
         if both := {*self.families} & {*self.held_out}: raise ValueError(f"held_out: {', '.join(sorted(both))} would be trained on; name each family once")
         if self.steps and "families" not in self.train and self.families and not [p for p in self.puzzles if p.startswith("families")]: raise ValueError("families: none is trained on or solved; leave families out, or name families in train")

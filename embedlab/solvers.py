@@ -147,21 +147,7 @@ def rate_at(cfg: SolveConfig, before: int # steps of earlier stages
     plan = get_scheduler({"constant": "constant_with_warmup"}.get(cfg.schedule, cfg.schedule), toy, warmup_steps(cfg.steps + past, cfg), cfg.steps + past)
     return lambda k: plan.lr_lambdas[0](k + past)
 
-# %% ../nbs/42_solvers.ipynb #dbc5af33
-class _Sealing(TrainerCallback):
-    "Seal a checkpoint from time to time, and before a run that was told to stop ends."
-    def __init__(self, every, wish): self.every, self.wish = every, wish
-    def on_step_end(self, args, state, control, **kw):
-        if state.global_step % 10 == 0: return_memory()
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps: control.should_log = control.should_save = True
-        if self.wish.signal: control.should_log = control.should_save = control.should_training_stop = True
-
-def _arguments(folder: Path, cfg: SolveConfig, on: Machine) -> TrainingArguments:
-    args = TrainingArguments(str(folder), seed=cfg.seed, max_steps=cfg.steps, per_device_train_batch_size=cfg.batch_size, gradient_accumulation_steps=cfg.accumulate, learning_rate=cfg.lr, max_grad_norm=cfg.max_grad_norm,
-                             bf16=on.bf16, use_cpu=on.device == "cpu", logging_steps=1 if on.device == "cpu" else 10, logging_nan_inf_filter=False, save_strategy="steps", save_steps=10**9, report_to="none", disable_tqdm=True, remove_unused_columns=False)
-    args._n_gpu = min(args.n_gpu, 1)   # on several GPUs the trainer would split each batch among threads; one run takes one
-    return args
-
+# %% ../nbs/42_solvers.ipynb #625c6152
 def groups_of(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     "Sort what is trained into what is pulled towards zero and what is not: norms and biases."
     decayed, groups = set(Trainer.get_decay_parameter_names(None, model)), {}
@@ -192,6 +178,21 @@ def optimizer_for(start: Start, cfg: SolveConfig, on: Machine) -> torch.optim.Op
     inner = {id(p) for n, p in trained(model).items() if p.ndim == 2 and p is not model.get_input_embeddings().weight}
     rest = [g | {"params": ps} for g in groups if (ps := [p for p in g["params"] if id(p) not in inner])]
     return MuonAdamW([p for g in groups for p in g["params"] if id(p) in inner], rest, cfg.matrix_lr, cfg.lr, cfg.weight_decay, fused)
+
+# %% ../nbs/42_solvers.ipynb #dbc5af33
+class _Sealing(TrainerCallback):
+    "Seal a checkpoint from time to time, and before a run that was told to stop ends."
+    def __init__(self, every, wish): self.every, self.wish = every, wish
+    def on_step_end(self, args, state, control, **kw):
+        if state.global_step % 10 == 0: return_memory()
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps: control.should_log = control.should_save = True
+        if self.wish.signal: control.should_log = control.should_save = control.should_training_stop = True
+
+def _arguments(folder: Path, cfg: SolveConfig, on: Machine) -> TrainingArguments:
+    args = TrainingArguments(str(folder), seed=cfg.seed, max_steps=cfg.steps, per_device_train_batch_size=cfg.batch_size, gradient_accumulation_steps=cfg.accumulate, learning_rate=cfg.lr, max_grad_norm=cfg.max_grad_norm,
+                             bf16=on.bf16, use_cpu=on.device == "cpu", logging_steps=1 if on.device == "cpu" else 10, logging_nan_inf_filter=False, save_strategy="steps", save_steps=10**9, report_to="none", disable_tqdm=True, remove_unused_columns=False)
+    args._n_gpu = min(args.n_gpu, 1)   # on several GPUs the trainer would split each batch among threads; one run takes one
+    return args
 
 def fit_solver(start: Start, cfg: SolveConfig,
                folder: Path,            # checkpoints go to and are continued from here

@@ -352,5 +352,5 @@ def test_inputs_that_can_not_be_used(tmp_path, qwen, home):
     with pytest.raises(InputError, match="no linear layer is called 'query'"): begin(make_config(SolveConfig, base=str(qwen), tune="lora", lora_targets="query"), on)
     for params, said in [({"tune": "lora"}, "tune: LoRA beside weights that are random"), ({"base": "x", "width": 64}, "width: this is for a new model"), ({"continue_from": "a", "base": "b"}, "base: run 'a'"), ({"stage": "continued"}, "stage: there is no run"),
                          ({"test_steps": 1, "test_adapter": "continued"}, "test_adapter: there is no trained adapter"), ({"test_steps": 1, "demos": 1}, "demos: tuning at test time"), ({"lora_dora": True}, "lora_dora: no adapter is trained"), ({"heads": 3}, "heads: 3 heads can't share"),
-                         ({"families": "flip", "held_out": "flip"}, "held_out: flip would be trained on"), ({"warmup": 1.5}, "warmup: below 1 it is a share")]:
+                         ({"continue_from": "a", "tune": "lora", "matrix_lr": 0.01}, "matrix_lr: Muon moves"), ({"families": "flip", "held_out": "flip"}, "held_out: flip would be trained on"), ({"warmup": 1.5}, "warmup: below 1 it is a share")]:
         with pytest.raises(InputError, match=said): make_config(SolveConfig, **params)
