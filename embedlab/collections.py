@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BEIR_URL', 'BEIR', 'CQA', 'OWN_IDS', 'LICENSED', 'HUB', 'NANO', 'JOINED', 'DERIVED', 'SPLITS', 'GROUPS', 'download',
            'known', 'load', 'training_data', 'find_overlap', 'TrainingSet', 'training_sets', 'joined', 'kept', 'taken',
-           'dev_sets', 'texts_of', 'words_of', 'clean_part', 'settle', 'clean_parts', 'evaluation_suites']
+           'dev_sets', 'texts_of', 'documents_of', 'words_of', 'clean_part', 'settle', 'clean_parts',
+           'evaluation_suites']
 
 # %% ../nbs/04_collections.ipynb #d4a42dc1
 import hashlib, os, zipfile
@@ -288,6 +289,14 @@ def texts_of(names: list[str],  # as for `load`; their training splits
         every = [*data.queries.values(), *data.documents.values()] if isinstance(data, Retrieval) else [t for c in data.column_names if c in ("text", "anchor", "positive", *negative_columns(data)) for t in data[c]]
         out.append(_alone(f"{name} (texts)", every, apart, first))
         first = first[0] + out[-1].total, first[1] + out[-1].total
+    return out
+
+def documents_of(names: list[str] # as for `load`
+                ) -> list[str]:
+    "List every document of sets, or every text of pairs, to count words in: nothing of it is trained on."
+    out = []
+    for data in (load(n, "train") for n in names):
+        out += data.documents.values() if isinstance(data, Retrieval) else [t for c in data.column_names if c not in ("label", "score") for t in data[c]]
     return out
 
 def words_of(tokenizer,          # a model's

@@ -167,6 +167,7 @@ class RunConfig(Starting):
     # what is trained
     tune: Literal["all", "head", "lora"] = Field("all", description="What is trained: every weight, the projection head alone, or LoRA's small matrices")
     token_weights: float = Field(0.0, ge=0, le=4, description="Weigh the tokens of the mean by this power of their inverse document frequency, counted in the training texts before training; 0: all alike")
+    count_on: Names = Field([], description="Sets whose documents count too where tokens are weighed, by the two settings around this one, and which are not trained on: what is to be searched")
     lexical_dims: int = Field(0, ge=0, le=4096, description="Dimensions of the embedding for a text's very words: each token has a fixed random direction, weighed as token_weights says, or else by the plain inverse document frequency; 0: none")
     lexical_weight: float = Field(0.25, gt=0, le=4, description="Square of the words' length beside the dense part's mean square: the share of lexical matching in a cosine")
     head: int | None = Field(None, ge=2, description="Width of a projection head put on top; without one there is none")
@@ -216,6 +217,7 @@ class RunConfig(Starting):
         if self.set_lr and len(self.set_lr) != len(self.train): raise ValueError(f"set_lr: {len(self.set_lr)} rates for {len(self.train)} training sets; give one for each, in the order of train")
         if self.set_lr and self.accumulate > 1: raise ValueError("set_lr: a step that averages batches of several sets has no rate of its own; give accumulate 1, or leave set_lr out")
         if self.set_lr and len(self.train) > 1 and self.mix != "in_order": raise ValueError("set_lr: AdamW carries what one set asks for into the next ten steps, at their rate, so that sets which take turns share one; give mix in_order, or leave set_lr out")
+        if self.count_on and not (self.token_weights or self.lexical_dims): raise ValueError("count_on: no token is weighed, so there is nothing to count; give token_weights or lexical_dims, or leave count_on out")
         if self.head_hidden and not self.head: raise ValueError("head_hidden: there is no head that it could lie under; give its width with head")
         if self.mine_to < self.mine_from + self.negatives - 1: raise ValueError(f"mine_to: ranks {self.mine_from} to {self.mine_to} hold fewer than {self.negatives} negatives")
         if self.remine and not self.negatives: raise ValueError("remine: there is nothing to mine anew; give negatives")

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .batches import Batches, text_codes
 from .checkpoints import checkpoints, fault_of
-from .collections import TrainingSet, clean_parts, dev_sets, evaluation_suites, find_overlap, joined, kept, settle, taken, texts_of, training_sets
+from .collections import TrainingSet, clean_parts, dev_sets, documents_of, evaluation_suites, find_overlap, joined, kept, settle, taken, texts_of, training_sets
 from .config import InputError, Names, RunConfig, make_config
 from .data import Pairs, Retrieval, first_pairs
 from .encoding import EmbeddingCache, encode
@@ -67,8 +67,9 @@ def base_of(cfg: RunConfig, p: Prepared, on: Machine):
     if cfg.blocks: keep_blocks(model, cfg.blocks)
     if not cfg.prompts: model.prompts = dict.fromkeys(model.prompts, "")
     def pool_anew():
-        if cfg.token_weights: weigh_tokens(model, read, cfg.token_weights)
-        if cfg.lexical_dims: append_words(model, read, cfg.lexical_dims, cfg.lexical_weight, cfg.token_weights or 1)
+        counted = read + documents_of(cfg.count_on)
+        if cfg.token_weights: weigh_tokens(model, counted, cfg.token_weights)
+        if cfg.lexical_dims: append_words(model, counted, cfg.lexical_dims, cfg.lexical_weight, cfg.token_weights or 1)
     return model, pool_anew
 
 # %% ../nbs/34_estimate.ipynb #1722f0a4

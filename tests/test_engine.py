@@ -330,7 +330,7 @@ TOGETHER = {   # settings that only show beside another one
     "mix": (dict(mix="temperature", mix_temperature=3.0), lambda e: (e["mix"], e["mix_temperature"]) == ("temperature", 3.0)),
 }
 ELSEWHERE = {   # where the rest is tested
-    "test_train.py": {"run", "preset", "evaluate", "split", "also_ranked_by", "max_tokens", "base", "train", "leaks", "max_pairs", "max_per_set", "fresh", "checks", "token_weights", "lexical_dims", "lexical_weight"},
+    "test_train.py": {"run", "preset", "evaluate", "split", "also_ranked_by", "max_tokens", "base", "train", "leaks", "max_pairs", "max_per_set", "fresh", "checks", "token_weights", "count_on", "lexical_dims", "lexical_weight"},
     "test_engine.py": {"set_lr", "patience", "final", "keep", "resume_from", "processes"}, "test_tuning.py": {"unit_length", "interpolate", "lora_alpha", "lora_rs", "lora_targets"},
     "test_mining.py": {"miner", "mine_among", "mine_from", "mine_to", "mine_margin", "remine"}, "test_watching.py": {"report_to"},
     "test_data.py": {"dev_share"}, "test_ranksaga.py": {"prompts", "titles", "push_to_hub"},

@@ -161,7 +161,7 @@ def test_tokens_weigh_in_the_mean_as_scikit_learn_counts_them(papermill, small, 
     from sentence_transformers.base.modules import Normalize
     from sentence_transformers.sentence_transformer.modules import WordWeights
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from embedlab.collections import evaluation_suites, training_sets
+    from embedlab.collections import evaluation_suites, load, training_sets
     from embedlab.evaluation import evaluate
     from embedlab.models import append_words, describe, load_model, weigh_tokens
     from embedlab.packing import packs
@@ -188,10 +188,12 @@ def test_tokens_weigh_in_the_mean_as_scikit_learn_counts_them(papermill, small, 
     assert describe(model, "x")["pooling"] == describe(base, "x")["pooling"] == "mean"
     assert not any(p.requires_grad for p in prepare(model, make_config())[1].parameters())
     saved = str(papermill.home / "weighed" / "model")
-    ran = papermill(run="words", token_weights=0.5, lexical_dims=64, lexical_weight=0.5, interpolate=0, attention="packed", **small)
+    ran = papermill(run="words", token_weights=0.5, lexical_dims=64, lexical_weight=0.5, interpolate=0, attention="packed", count_on=str(small["evaluate"]), **small)
     assert ran.code == 0, ran.text[-3000:]
     words, bare = SentenceTransformer(str(papermill.home / "words" / "model"), device="cpu"), load_model(str(tiny_model))
-    with_words = append_words(weigh_tokens(bare, [*rows["anchor"], *rows["positive"]], 0.5), [*rows["anchor"], *rows["positive"]], 64, 0.5, 0.5)
+    counted = [*rows["anchor"], *rows["positive"], *load(str(small["evaluate"]), "train").documents.values()]
+    assert {*counted} > {*rows["anchor"], *rows["positive"]}, "count_on changes the counts"
+    with_words = append_words(weigh_tokens(bare, counted, 0.5), counted, 64, 0.5, 0.5)
     np.testing.assert_allclose(words.encode(rows["anchor"][:5]), with_words.encode(rows["anchor"][:5]), atol=1e-6)   # none of the tuned weights
     assert packs(words) and words.get_embedding_dimension() == base.get_embedding_dimension() + 64
     parts = SentenceTransformer(modules=[*words][:-1], device="cpu").encode([*{*rows["anchor"], *rows["positive"]}])   # before all is brought to length 1

@@ -49,6 +49,7 @@ def test_a_head_of_two_layers_and_embeddings_that_keep_their_length(tiny_model, 
     model.save(str(tmp_path / "out"))
     assert np.array_equal(SentenceTransformer(str(tmp_path / "out")).encode(TEXTS), model.encode(TEXTS))
     with pytest.raises(InputError, match="head_hidden: there is no head"): make_config(head_hidden=24)
+    with pytest.raises(InputError, match="count_on: no token is weighed"): make_config(count_on="pydocs")
 
 
 def state(model) -> dict: return {k: v.clone() for k, v in model.state_dict().items()}
