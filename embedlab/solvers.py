@@ -161,7 +161,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([*matrices, *(p for g in rest for p in g["params"])], {})
         self.both = torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="original"), torch.optim.AdamW(rest, lr=lr, fused=fused)
         self._join()
-    def _join(self): self.param_groups = [g for o in self.both for g in o.param_groups]   # the very same ones, so that a schedule sets both
+    def _join(self): self.param_groups = [g for o in self.both[::-1] for g in o.param_groups]   # the very same ones, so that a schedule sets both; AdamW's first, whose rate is the one that is watched
     @torch.no_grad()
     def step(self, closure=None):
         for o in self.both: o.step()
