@@ -53,7 +53,7 @@ AWAY = (SIDES**2 - 1, 2 * SIDES**2 - 1, SIDES**2, 1,   # what heads look at firs
 
 @torch.no_grad()
 def _look_at(model: Qwen2ForCausalLM,
-             blocks: int = 3, sharp: float = 2.2 # measured below
+             blocks: int = 3, sharp: float = 2.2 # length of the biases: at 1.7 a head gives its place a fifth of its attention, at 2.2 most
             ):
     "Let the heads of the first blocks begin by looking at fixed distances, by the biases of their queries and keys."
     turn = 2 * math.pi * model.model.rotary_emb.inv_freq

@@ -313,7 +313,8 @@ def test_a_run_from_nothing_and_its_next_stage(papermill):
     assert r.delta["families:seen/solved@2"]["test"] == "McNemar" and r.delta["families:seen/solved@2"]["n"] == 5 and len(r.ids("families:seen/solved@2")) == 5
     assert [(x["name"], x["rows"], x["role"]) for x in r.data] == [("families", 48, "train"), ("families:seen", 5, "evaluate"), ("families:held-out", 5, "evaluate")]
     assert settings(r)["lora_rank"] == 64 and r.model["architecture"] == "qwen2" and r.speed["train_tokens_per_s"] > 0
-    assert "library_name: transformers" in (papermill.home / "one" / "model" / "README.md").read_text()
+    card = (papermill.home / "one" / "model" / "README.md").read_text()
+    assert "library_name: transformers" in card and "A token's position is its place in the grids" in card
     again = papermill("one", "solve", **small)
     assert again.record().after == r.after and again.path.read_text().count("10 of 10 tasks were finished before") == 2 and "its saved model is taken" in again.path.read_text()
     two = papermill("two", "solve", run="two", continue_from="one", steps=0, test_steps=3, test_adapter="none", tasks=3, size=4, predictions=2, precision="fp32")
