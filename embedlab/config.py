@@ -135,7 +135,7 @@ class RunConfig(Starting):
     mine_margin: float = Field(0.05, ge=0, lt=1,
                                description="A negative's score must be this share below the positive's; guards against answers that nobody judged")
     remine: bool = Field(False, description="Mine anew with the model as it is at the start of each epoch")
-    teacher: str | None = Field(None, min_length=1, description="Model whose embeddings of the training texts are to be met: minilm, a hub id or a folder")
+    teacher: str | None = Field(None, min_length=1, description="Model whose embeddings of the training texts are to be met: minilm, a hub id or a folder, or start: the model itself, as it is before its first step")
     teacher_weight: float = Field(1.0, gt=0, description="Weight of the distance to the teacher, beside the loss of the set")
     # length and batches
     epochs: int = Field(1, ge=1, description="Passes over the training pairs")
@@ -223,6 +223,7 @@ class RunConfig(Starting):
         if self.remine and not self.negatives: raise ValueError("remine: there is nothing to mine anew; give negatives")
         if self.final == "best" and not {"best", "every"} & {*self.keep}: raise ValueError("final: the best weights are asked for, but keep lets their checkpoint go; name best in keep")
         if self.texts and not (self.teacher or self.dropout): raise ValueError("texts: read twice without dropout a text is the same and nothing is learned; give dropout (0.1), or a teacher")
+        if self.remine and self.teacher == "start": raise ValueError("remine: when negatives are mined anew, the model as it was at its start, which is to be the teacher, is gone; leave remine out, or name another teacher")
         if self.words and not self.teacher: raise ValueError("words: where a word alone should lie only a teacher knows; give one, or leave words out")
         if self.isotropy and self.isotropy_form == "convex" and self.isotropy_weight > 1: raise ValueError(f"isotropy_weight: in the convex form λ is a share, from 0 to 1, not {self.isotropy_weight:g}; lower it, or give isotropy_form=added")
         if (self.isotropy or self.std_weight) and self.batch_size < 4: raise ValueError(f"batch_size: the shape of {self.batch_size} texts says nothing; isotropy and std_weight need 4 at least")

@@ -178,9 +178,9 @@ def fit(model: SentenceTransformer,  # the base; what `tune` and `head` ask for 
             return _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, resume, wish)
     finally: model.max_seq_length = limit; model.eval()
 
-def _teacher(cfg: RunConfig, on: Machine):
+def _teacher(cfg: RunConfig, on: Machine, student: SentenceTransformer):
     if not cfg.teacher: return None
-    model = load_model(cfg.teacher, on=on)
+    model = student if cfg.teacher == "start" else load_model(cfg.teacher, on=on)   # asked before the first step, of a continued run too
     cache = EmbeddingCache(model, on)
     return lambda texts, kind: encode(model, texts, kind, on, cache=cache)
 
@@ -191,7 +191,8 @@ def _regulariser(model, cfg: RunConfig) -> IsotropyLoss | None:
     return IsotropyLoss(model, cfg.isotropy, cfg.isotropy_weight, cfg.isotropy_form == "convex", cfg.std_weight, cfg.isotropy_slices, gather=cfg.processes > 1)
 
 def _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, resume, wish) -> FitLog:
-    data = Pairs(model, rows, _teacher(cfg, on))
+    teacher = _teacher(cfg, on, model)
+    data = Pairs(model, rows, teacher)
     codes = data.codes if cfg.guard else [np.arange(c.size).reshape(c.shape) for c in data.codes]   # unguarded, no two texts count as equal
     batches = Batches(codes, cfg.batch_size, cfg.seed, cfg.mix, cfg.mix_temperature, data.lengths, cfg.sort_window, [s.name for s in sets])
     steps = planned_steps(len(batches), cfg)
@@ -208,7 +209,7 @@ def _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, re
         engine = Engine(model=model, args=_arguments(folder, cfg, on, steps), loss=loss, evaluator=tester, optimizers=(optimizer, None),
                         data=data, batches=batches, cfg=cfg, fingerprint=fingerprint, about={"kernel": kernel}, callbacks=[Watch(log)])
         engine.add_callback(_Control(engine, max(1, math.ceil(steps / cfg.checks)), wish, log))
-        if cfg.remine: engine.mine_again = lambda epoch: Pairs(model, _mined(sets, model, cfg, on, folder, fingerprint, epoch))
+        if cfg.remine: engine.mine_again = lambda epoch: Pairs(model, _mined(sets, model, cfg, on, folder, fingerprint, epoch), teacher)
         engine.remove_callback(PrinterCallback)   # prints dictionaries; `Watch` prints lines
         tester.average = engine.average
         if resume: print(f"continuing from {resume.name}")
