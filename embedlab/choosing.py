@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'PARTS_LR', 'parts_of', 'hint_pairs', 'rows_of', 'BiEncoder'
 
 # %% ../nbs/37_choosing.ipynb #61f2b61d
 import contextlib, json, math, tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from .clauses import asked_and_refused
 from .config import ChooseConfig, InputError, RunConfig
+from .encoding import EmbeddingCache, encode
 from .evaluation import Scores
 from .leaks import normalise
 from .models import Machine, load_model, minilm_folder
@@ -52,9 +53,13 @@ def rows_of(q: Questions, hints: bool = False) -> list[tuple]: # question, optio
 
 class BiEncoder(nn.Module):
     "Score options by their cosines with the parts of a question, weighed."
-    def __init__(self, model, cfg: ChooseConfig):
+    def __init__(self, model, cfg: ChooseConfig, on: Machine):
         super().__init__()
-        self.model, self.cfg = model, cfg
+        self.model, self.cfg, self.head, self.on = model, cfg, None, replace(on, bf16=False)   # near ties are decided in float32
+        if cfg.tune == "head":
+            self.head, self.vectors = nn.Linear(model.get_embedding_dimension(), model.get_embedding_dimension(), bias=False), {}
+            nn.init.eye_(self.head.weight)
+            model.requires_grad_(False)
         self.weights = nn.Parameter(torch.tensor(PARTS if cfg.clauses else (1.0,)), requires_grad=cfg.clauses)
 
     def batch(self, rows: list[tuple]) -> dict: # from `rows_of`
@@ -66,13 +71,19 @@ class BiEncoder(nn.Module):
         options = [[at(t) for t in o] + [-1] * (n - len(o)) for _, o, *_ in rows]
         hints = [[at(asked), at(met)] for *_, hints in rows for asked, met in hints]
         return {"labels": torch.tensor([a for *_, a, _ in rows]), "parts": torch.tensor(parts), "options": torch.tensor(options), "hints": torch.tensor(hints, dtype=torch.long).reshape(-1, 2),
-                "texts": features_of(self.model, tokenised(self.model, [*number]))}
+                "texts": self.frozen([*number]) if self.head else features_of(self.model, tokenised(self.model, [*number]))}
+
+    def frozen(self, texts: list[str]) -> dict:
+        "Embed each text once, however often it is read."
+        if new := [t for t in texts if t not in self.vectors]: self.vectors |= zip(new, torch.from_numpy(encode(self.model, new, "text", self.on, cache=EmbeddingCache(self.model, self.on))))
+        return {"vectors": torch.stack([self.vectors[t] for t in texts])}
 
     def forward(self, parts: Tensor,   # (questions, parts) numbers of texts; -1 for none
                 options: Tensor,       # (questions, options) numbers of texts; -1 beyond the last
                 hints: Tensor,         # (pairs, 2) numbers of texts that belong together
                 texts: dict, labels: Tensor | None = None) -> dict:
-        e = F.normalize(self.model(dict(texts))["sentence_embedding"].float(), dim=-1)           # (texts, width)
+        e = self.head(F.dropout(texts["vectors"], self.cfg.dropout, self.training)) if self.head else self.model(dict(texts))["sentence_embedding"]
+        e = F.normalize(e.float(), dim=-1)                                                       # (texts, width)
         asked = (e[parts.clamp(0)] * (parts >= 0)[..., None] * self.weights[:, None]).sum(1)     # (questions, width)
         near = asked @ e.T / self.cfg.temperature                                                # (questions, texts)
         own = near.gather(1, options.clamp(0)).masked_fill(options < 0, -math.inf)
@@ -123,7 +134,7 @@ def new_chooser(cfg: ChooseConfig, on: Machine) -> nn.Module:
         model = load_model(model_named(cfg.base), cfg.max_tokens, on)
         set_seed(cfg.seed)   # of LoRA's matrices
         if cfg.tune == "lora": prepare(model, RunConfig(tune="lora", lora_rank=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, seed=cfg.seed))
-        return BiEncoder(model, cfg).to(on.device)
+        return BiEncoder(model, cfg, on).to(on.device)
     set_seed(cfg.seed)   # of the new head
     return Together(str(minilm_folder()) if cfg.base == "minilm" else model_named(cfg.base), cfg, on).to(on.device)
 
@@ -182,7 +193,7 @@ def train_on(model: nn.Module, q: Questions, held: Questions | None, # to look a
     base = {k: v.detach().clone() for k, v in model.state_dict().items()} if cfg.interpolate else {}
     steps = math.ceil(math.ceil(len(rows) / cfg.batch_size) / cfg.accumulate) * cfg.epochs
     log, best = FitLog(steps=steps, chance=_chance(rows, cfg), batch=cfg.batch_size), _Best(model, cfg.patience)
-    kernel = choose_attention(model.model, [*q.queries[:16], *q.options[0]], on).attention if isinstance(model, BiEncoder) else None
+    kernel = choose_attention(model.model, [*q.queries[:16], *q.options[0]], on).attention if isinstance(model, BiEncoder) and not model.head else None
     with tempfile.TemporaryDirectory() as tmp, attention(model.model, kernel) if kernel else contextlib.nullcontext():
         args = TrainingArguments(tmp, num_train_epochs=cfg.epochs, per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=cfg.batch_size, gradient_accumulation_steps=cfg.accumulate,
                                  learning_rate=cfg.lr, lr_scheduler_type={"constant": "constant_with_warmup"}.get(cfg.schedule, cfg.schedule), warmup_steps=warmup_steps(steps, cfg),
@@ -254,7 +265,7 @@ def judge(q: Questions, cfg: ChooseConfig,
         else:
             print(f"fold {f.number}: {len(f.train)} questions to tune on, {len(f.held)} held out, {len(f.judged)} judged" + "".join(f"; no {k.partition(':')[2]} among them" for k in kinds_missing(q, q.part(f.judged.tolist()))), flush=True)
             model = new_chooser(cfg, on)
-            log = train_on(model, q.part(f.train.tolist()), q.part(f.held.tolist()) if len(f.held) else None, cfg, on)
+            log = train_on(model, q.part(f.train.tolist()), q.part(f.held.tolist()) if cfg.hold_out else None, cfg, on)
             done = {"scores": [s.tolist() for s in scored(model, q.part(f.judged.tolist()), on)], "log": asdict(log)}
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part"); part.write_text(json.dumps(done)); part.replace(path)

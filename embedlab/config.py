@@ -242,7 +242,8 @@ class ChooseConfig(Life):
     clauses: bool = Field(False, description="Read a question as a whole, by what it asks and by what it refuses (bi-encoders)")
     hints: float = Field(0.0, ge=0, description="Weight of a second loss, where a question's file says which of its words meet which of the answer's: those belong together (bi-encoder)")
     reworded: bool = Field(False, description="Train on each question once more, as its hints' words alone, in another order")
-    tune: Literal["all", "lora"] = Field("all", description="What is trained: every weight, or LoRA's small matrices (bi-encoder)")
+    tune: Literal["all", "lora", "head"] = Field("all", description="What is trained: every weight, LoRA's small matrices, or one matrix that turns the embeddings of a base that stays as it is (bi-encoder)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of an embedding's numbers that each step leaves out (tune=head)")
     lora_rank: int = Field(16, ge=1, description="Rank of LoRA's matrices; their update is scaled by two")
     interpolate: float | None = Field(None, gt=0, le=1, description="Share of the tuned weights in those that choose, the rest is the base's (bi-encoder)")
     in_batch: bool = Field(True, description="Other questions' options are wrong answers too (bi-encoder)")
@@ -252,7 +253,7 @@ class ChooseConfig(Life):
     fold_count: int = Field(5, ge=2, description="Number of folds")
     only: Numbers = Field([], description="Folds to run, by number; without any, all")
     strict: bool = Field(False, description="Drop from training what shares any option with the fold that is judged")
-    hold_out: bool = Field(True, description="Hold a fifth of the training questions out, to take the best epoch by; off trains on all and takes the last")
+    hold_out: bool = Field(True, description="Hold a fifth of the training questions out, to take the best epoch by; off takes the last, and trains on all but what is judged")
     order: int = Field(0, ge=0, description="Seed of the options' order")
     seed: int = Field(0, ge=0, description="Seed of batches, dropout and a new head")
     epochs: int = Field(6, ge=1, description="Passes over the training questions")
@@ -271,7 +272,8 @@ class ChooseConfig(Life):
     def _chosen(self) -> "ChooseConfig":
         if (self.method == "ensemble") != bool(self.members): raise ValueError("members: an ensemble adds up other runs; name them, with method=ensemble")
         if self.clauses and self.method not in ("zero-shot", "bi-encoder"): raise ValueError(f"clauses: {self.method} reads a question as it is; leave clauses out")
-        if other := [k for k, on in (("hints", self.hints), ("reworded", self.reworded), ("tune", self.tune == "lora"), ("interpolate", self.interpolate)) if on and self.method != "bi-encoder"]: raise ValueError(f"{other[0]}: this is for method=bi-encoder, not {self.method}; leave {other[0]} out")
+        if other := [k for k, on in (("hints", self.hints), ("reworded", self.reworded), ("tune", self.tune != "all"), ("interpolate", self.interpolate)) if on and self.method != "bi-encoder"]: raise ValueError(f"{other[0]}: this is for method=bi-encoder, not {self.method}; leave {other[0]} out")
+        if self.dropout and self.tune != "head": raise ValueError("dropout: this is for tune=head, an encoder has its own; leave dropout out")
         if self.patience and not self.hold_out: raise ValueError("patience: nothing is held out to stop by; give hold_out, or leave patience out")
         return self
 

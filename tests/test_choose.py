@@ -137,6 +137,8 @@ def test_what_is_trained_follows_the_settings(asked, tiny_model):
     (whole, before, after), (_, _, half) = tuned(), tuned(interpolate=0.5)
     name = next(k for k in after if "query.weight" in k)
     assert torch.allclose(half[name], (before[name] + after[name]) / 2, atol=1e-6) and not torch.equal(before[name], after[name])
+    turned, before, after = tuned(tune="head", dropout=0.1)
+    assert [k for k in before if not torch.equal(before[k], after[k])] == ["head.weight"] and turned.engine["trainable"] == after["head.weight"].numel()
     _, before, merged = tuned(tune="lora", lora_rank=2, interpolate=0.5)
     assert not [k for k in merged if "lora_" in k] and not torch.equal(merged[name], before[name.replace("query.", "query.base_layer.")])
     hinted, _, other = tuned(hints=1.0)
