@@ -226,6 +226,8 @@ class RunConfig(Starting):
         if self.remine and self.teacher == "start": raise ValueError("remine: when negatives are mined anew, the model as it was at its start, which is to be the teacher, is gone; leave remine out, or name another teacher")
         if self.words and not self.teacher: raise ValueError("words: where a word alone should lie only a teacher knows; give one, or leave words out")
         if self.isotropy and self.isotropy_form == "convex" and self.isotropy_weight > 1: raise ValueError(f"isotropy_weight: in the convex form λ is a share, from 0 to 1, not {self.isotropy_weight:g}; lower it, or give isotropy_form=added")
+        if not self.isotropy and (unread := [k for k in ("isotropy_weight", "isotropy_form", "isotropy_slices") if getattr(self, k) != type(self).model_fields[k].default]): raise ValueError(f"{unread[0]}: no regulariser reads it; give isotropy, or leave {unread[0]} out")
+        if self.head_lr and not self.head: raise ValueError("head_lr: there is no head; give head, or leave head_lr out")
         if (self.isotropy or self.std_weight) and self.batch_size < 4: raise ValueError(f"batch_size: the shape of {self.batch_size} texts says nothing; isotropy and std_weight need 4 at least")
         if self.experts and self.micro_batch: raise ValueError("micro_batch: the balance of experts is that of a whole batch; leave micro_batch out, or experts")
         if self.batch_size % self.processes: raise ValueError(f"processes: {self.processes} can't share a batch of {self.batch_size} equally")

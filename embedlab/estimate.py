@@ -21,14 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .batches import Batches, text_codes
 from .checkpoints import checkpoints, fault_of
-from .collections import TrainingSet, clean_parts, dev_sets, documents_of, evaluation_suites, find_overlap, joined, kept, settle, taken, texts_of, training_sets
+from .collections import TrainingSet, clean_parts, dev_sets, documents_of, evaluation_suites, find_overlap, joined, kept, settle, taken, texts_of, training_sets, words_of
 from .config import InputError, Names, RunConfig, make_config
 from .data import Pairs, Retrieval, first_pairs
 from .encoding import EmbeddingCache, encode
 from .engine import Pairs as Tokenised
 from .models import Machine, append_words, keep_blocks, load_model, machine, new_model, weigh_tokens, weights_hash
 from .records import runs_folder
-from .running import model_named, peak_rss
+from .running import MIN_FREE, forget_peak, model_named, peak_rss
 from .sweeping import SweepConfig, plan
 from .trainer import fit, planned_steps
 
@@ -44,6 +44,7 @@ class Prepared:
     alone: list[TrainingSet]   # and text by text
     choosing: list             # to choose on at each check
     seconds: float             # that it took
+    worded: bool = False       # single words are among the texts
 
 def prepared(cfg: RunConfig) -> Prepared:
     "Load a run's data and check it for overlap, as the run itself does."
@@ -66,6 +67,9 @@ def base_of(cfg: RunConfig, p: Prepared, on: Machine):
     model = new_model(cfg, read, cfg.max_tokens, on) if cfg.base == "scratch" else load_model(model_named(cfg.base), cfg.max_tokens, on)
     if cfg.blocks: keep_blocks(model, cfg.blocks)
     if not cfg.prompts: model.prompts = dict.fromkeys(model.prompts, "")
+    if cfg.words and not p.worded:
+        p.alone.append(words_of(model.tokenizer, [*p.sets, *p.choosing], taken(p.chosen + p.alone)))
+        p.worded = True
     def pool_anew():
         counted = read + documents_of(cfg.count_on)
         if cfg.token_weights: weigh_tokens(model, counted, cfg.token_weights)
@@ -111,8 +115,9 @@ class Estimate:
     "Hold what a run will take on this machine."
     seconds: dict[str, float]   # of its parts, in their order
     steps: int                  # of the optimiser
-    memory: int                 # bytes, at the peak of this process so far: the steps, not the evaluation and plots that follow
-    disk: int                   # bytes, of checkpoints and model
+    memory: int                 # bytes, at the peak of this process: the steps, not the evaluation and plots that follow
+    disk: int                   # bytes, of checkpoints and model while the run lasts
+    model: int                  # bytes of it that stay
     @property
     def total(self) -> float: return sum(self.seconds.values())
 
@@ -142,6 +147,7 @@ def estimate(cfg: RunConfig,
             ) -> Estimate:
     "Predict what a run takes, from a few of each thing that it does many times."
     on = on or machine(cfg)
+    forget_peak()
     p = prepared(cfg)
     start = time.perf_counter()
     model, pool_anew = base_of(cfg, p, on)
@@ -162,7 +168,8 @@ def estimate(cfg: RunConfig,
     seconds["after"] = _encoding(model, measured, on)
     seconds["intervals, plots and the like"] = REST
     kept_ = cfg.checks if "every" in cfg.keep else min(cfg.checks, 3) + 1   # one more while it is written
-    return Estimate(seconds, steps, peak_rss(), size * kept_ + 4 * sum(x.numel() for x in model.parameters()))
+    stays = 4 * sum(x.numel() for x in model.parameters())
+    return Estimate(seconds, steps, peak_rss(), size * kept_ + stays, stays)
 
 def _planned(cfg, p, model) -> tuple[int, float]: # optimiser steps, and tokens of one
     sets, limit = [_stand_ins(t, cfg) for t in p.chosen + p.alone], model.max_seq_length
@@ -223,7 +230,7 @@ class PreflightConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     presets: Names = Field(["isotropy"], min_length=1, description="What is to be run: folders in nbs/presets, or files, separated by commas")
-    fixed: dict | str = Field({}, description="Parameters of all runs, as for a sweep; split is dev unless this says test")
+    fixed: dict | str = Field({}, description="Parameters of all runs, as for a sweep; split is test unless this says dev, and nothing is scored")
     machine: str = Field("m7g.large", description="The run's hours are multiplied by this machine's price: m7g.large, g5.xlarge or p4d.24xlarge")
 
     @field_validator("machine")
@@ -244,14 +251,15 @@ def preflight(cfg: PreflightConfig, bar: Callable = lambda *_: None # called wit
     "Check everything that a lab's runs need, and estimate each."
     lines, known, names = [check("versions", dependencies), check("interrupted runs", whole_checkpoints)], {}, presets_of(cfg.presets)
     def look(name):
-        job, = plan(make_config(SweepConfig, presets=[name], fixed=cfg.fixed))
+        job, = plan(make_config(SweepConfig, presets=[name], fixed={"split": "test"} | make_config(SweepConfig, fixed=cfg.fixed).fixed))
         with contextlib.redirect_stdout(io.StringIO()): e = known[name] = estimate(job.settings, again=not known)
         return f"parses, finds its data, takes {STEPS} steps" + (" and the last of them again from a checkpoint, to the same weights" if len(known) == 1 else "")
     for i, name in enumerate(names):
         bar(i, len(names))
         lines.append(check(name, lambda: look(name)))
     bar(len(names), len(names))
-    return lines + [check("disk", lambda: disk_space(max((e.disk for e in known.values()), default=0)))], known
+    # the models of all runs stay, the checkpoints of one at a time are there beside them
+    return lines + [check("disk", lambda: disk_space(max(MIN_FREE, max((e.disk - e.model for e in known.values()), default=0) + sum(e.model for e in known.values()))))], known
 
 def stop_at_red(lines: list[Line]):
     "Raise what is red, so that papermill ends with an error."

@@ -88,7 +88,8 @@ def gaussian(n: int, d: int # texts, width
 def measure(after: np.ndarray,       # (texts, width) of the model
             before: np.ndarray | None = None, # (texts, width) of the base it was trained from, which may be of another width
             most: int = MOST
-           ) -> dict: # before, after, gaussian, n and d, as a record holds them
-    "Measure embeddings of the same texts before and after training, beside a Gaussian cloud of the same size as the latter."
-    pick = np.random.default_rng(0).permutation(len(after))[:most]
-    return {k: figures(x[pick]) for k, x in (("before", before), ("after", after)) if x is not None} | {"gaussian": gaussian(len(pick), after.shape[1]), "n": len(pick), "d": after.shape[1]}
+           ) -> dict: # before, after, gaussian, n and d, as a record holds them; gaussian_before where the base is of another width
+    "Measure embeddings of the same texts before and after training, each beside a Gaussian cloud of its own size."
+    pick, d = np.random.default_rng(0).permutation(len(after))[:most], after.shape[1]
+    out = {k: figures(x[pick]) for k, x in (("before", before), ("after", after)) if x is not None} | {"gaussian": gaussian(len(pick), d), "n": len(pick), "d": d}
+    return out | ({"gaussian_before": gaussian(len(pick), before.shape[1])} if before is not None and before.shape[1] != d else {})

@@ -20,7 +20,8 @@ def sigreg(x: Tensor,             # (texts, width) embeddings that have a length
           ) -> Tensor:            # () about 1.05 for a standard Gaussian, 0.4 a text where all are one
     "Test projections of a batch for being standard Gaussians (Balestriero and LeCun, arXiv 2511.08544)."
     x = x if x.dtype == torch.float64 else x.float()
-    directions = torch.randn(x.shape[1], slices).to(x)   # the same on every device and rank
+    directions = torch.randn(x.shape[1], slices).to(x)   # from the processor's generator, which is the same on every device
+    if get_world_size() > 1: torch.distributed.broadcast(directions, 0)   # dropout may have drawn more on one rank than on another
     t = torch.linspace(0, reach, knots).to(x)
     weight = torch.full_like(t, 2 * reach / (knots - 1))
     weight[[0, -1]] /= 2
@@ -70,14 +71,17 @@ class IsotropyLoss(nn.Module):
                 ):
         super().__init__()
         if kind not in (None, *KINDS): raise InputError(f"isotropy must be one of {', '.join(KINDS)}, not {kind!r}")
+        if not std_weight >= 0: raise InputError(f"std_weight must be 0 or more, not {std_weight:g}")
+        weighed(torch.zeros(()), torch.zeros(()), weight, convex)   # refuses what is no weight
         self.model, self.kind, self.weight, self.convex, self.std_weight, self.slices, self.gather = model, kind, weight, convex, std_weight, slices, gather
-        self.scale = model.get_embedding_dimension() ** 0.5 if any(type(m).__name__ == "Normalize" for m in model) else 1.0
+        self.scale = model.get_embedding_dimension() ** 0.5 if [type(m).__name__ for m in model][-1:] == ["Normalize"] else 1.0
 
     def terms(self, embeddings: list[Tensor] # (batch, width) of each column
              ) -> tuple[Tensor, Tensor]:     # of the kind and of the spread, unweighed
         "Average each term over the columns."
         if self.gather and get_world_size() > 1: embeddings = [all_gather_with_grad(e) for e in embeddings]
         if (n := min(map(len, embeddings))) < FEWEST: raise InputError(f"isotropy takes batches of {FEWEST} texts at least, not {n}; raise batch_size")
+        if not all(e.isfinite().all() for e in embeddings): raise InputError("an embedding is not finite: half precision overflows at 65,504; give precision=bf16 or fp32, or lower lr if the model diverged")
         with torch.autocast(embeddings[0].device.type, enabled=False): return self._terms([self.scale * e.float() for e in embeddings])
 
     def _terms(self, scaled):

@@ -35,7 +35,7 @@ from .models import Machine, load_model, machine, set_dropout, weights_hash
 from .packing import attention, choose_attention
 from .regularising import IsotropyLoss
 from .teaching import TrainingLoss
-from .tuning import parameter_groups, prepare
+from .tuning import parameter_groups, prepare, unit_start
 from .watching import FitLog, Watch, chance_level, reporters
 
 # %% ../nbs/24_trainer.ipynb #b54d89af
@@ -172,6 +172,7 @@ def fit(model: SentenceTransformer,  # the base; what `tune` and `head` ask for 
     try:
         rows = _mined(sets, model, cfg, on, folder, fingerprint, 0)
         set_seed(cfg.seed); prepare(model, cfg); set_dropout(model, cfg.dropout)
+        if cfg.head and not cfg.unit_length: unit_start(model, [t for r, *_ in rows for c in ("anchor", "positive") if c in r.column_names for t in r[:64][c]])
         some = rows[0][0][:16]
         kernel = about(resume)["kernel"] if resume else choose_attention(model, [t for c in ("anchor", "positive") if c in some for t in some[c]], on).attention
         with attention(model, kernel), stoppable() as wish:
@@ -197,7 +198,7 @@ def _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, re
     batches = Batches(codes, cfg.batch_size, cfg.seed, cfg.mix, cfg.mix_temperature, data.lengths, cfg.sort_window, [s.name for s in sets])
     steps = planned_steps(len(batches), cfg)
     columns = max(len(c) for c in data.columns)
-    log = FitLog(steps=steps, chance=0.0 if cfg.teacher or columns < 2 or any(s is not None for s in data.scores) else chance_level(cfg.batch_size, columns - 1), batch=cfg.batch_size, resumed_from=step_of(resume) if resume else None)
+    log = FitLog(steps=steps, chance=0.0 if cfg.teacher or cfg.isotropy or cfg.std_weight or columns < 2 or any(s is not None for s in data.scores) else chance_level(cfg.batch_size, columns - 1), batch=cfg.batch_size, resumed_from=step_of(resume) if resume else None)
     loss = TrainingLoss(model, cfg.temperature, data.known.tolist() if cfg.guard else None, cfg.matryoshka, about(resume)["micro_batch"] if resume else cfg.micro_batch, gather=cfg.processes > 1,
                         teacher_weight=cfg.teacher_weight if cfg.teacher else 0.0, balance=cfg.balance, score_temperature=cfg.score_temperature, isotropy=_regulariser(model, cfg), similarity=cfg.similarity)
     tester = _Dev(dev, on, limit, cfg)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from embedlab.comparison import COMPARISON, CompareConfig, compare_runs, find_runs, is_comparison, read_outputs
+from embedlab.comparison import COMPARISON, CompareConfig, Group, chosen_keys, compare_runs, find_runs, is_comparison, read_outputs
 from embedlab.config import InputError, make_config
 from embedlab.records import MIME, Record, pack, runs
 from embedlab.report import as_latex, as_markdown, bundle, frame, leaderboard, leaderboard_html, sentence, tex, write, write_leaderboard
@@ -137,6 +137,18 @@ def test_other_data_are_refused(folder):
     write_run(folder, "wide", .1, sets=("toy", "far"), params={"lr": 3.})
     write_run(folder, "far", .1, sets=("far",), sha="d" * 64)
     assert [x.key for x in go(folder, "up, wide, far", sets="toy").rows] == ["toy/ndcg@10"] * 2, "sets that are left out may differ"
+
+
+def test_distances_are_not_mixed(folder):
+    "One name stands for what a run ranked by; a name that says which is the same in all of them, and pairs follow the ranking."
+    metrics = ("ndcg@10", "ndcg@10-cosine", "spearman", "spearman-euclidean")
+    for name, how in (("round", "cosine"), ("flat", "euclidean")): write_run(folder, f"dist-{name}", metrics=metrics[:2], params={"similarity": how})
+    with pytest.raises(InputError, match="dist-flat ranks by euclidean, dist-round by cosine; compare what both were ranked by, such as metric=ndcg@10-cosine"): go(folder, "dist-*")
+    c = go(folder, "dist-*", metric="ndcg@10-cosine")
+    assert {x.key for x in c.rows + c.others} == {"toy/ndcg@10-cosine"}
+    for name, first in (("round", "spearman"), ("flat", "spearman-euclidean")):
+        r = write_run(folder, f"pairs-{name}", metrics=metrics[2:], params={"similarity": {"round": "cosine", "flat": "euclidean"}[name]})
+        assert chosen_keys(Group("pairs", {"pairs": r}), None, "leading")[0] == [f"toy/{first}"]
 
 
 def test_queries_are_aligned_by_id(folder):

@@ -27,7 +27,7 @@ class Model(nn.Sequential):
 columns, out = torch.load(f"{folder}/columns.pt"), {}
 for kind in ("sigreg", "covariance", "orthogonal"):
     mine = [c[rank * 8:rank * 8 + 8].clone().requires_grad_() for c in columns]
-    torch.manual_seed(5)   # as all processes of a run are seeded
+    torch.manual_seed(5); torch.rand(3 * rank)   # as all processes of a run are seeded; one has drawn more since, as dropout does
     loss = IsotropyLoss(Model(), kind, 1.0, std_weight=0.1, gather=True).compute_loss_from_embeddings(mine)
     loss.backward()
     out[kind] = loss.item(), torch.stack([m.grad for m in mine])
@@ -74,6 +74,13 @@ def test_half_precision_does_not_overflow():
         assert torch.isfinite(torch.autograd.grad(loss, x)[0]).all(), kind
 
 
+def test_what_overflowed_and_weights_that_are_none():
+    x = torch.full((8, 16), float("inf"), dtype=torch.float16)
+    with pytest.raises(InputError, match="an embedding is not finite: half precision overflows at 65,504; give precision=bf16 or fp32"): IsotropyLoss(Model()).compute_loss_from_embeddings([x])
+    for weight, convex, says in ((-1.0, True, "from 0 to 1, not -1"), (1.5, True, "from 0 to 1, not 1.5"), (-1.0, False, "0 or more, not -1")):
+        with pytest.raises(InputError, match=says): IsotropyLoss(Model(), weight=weight, convex=convex)
+
+
 def test_training_in_bfloat16_leaves_the_sums_in_float32():
     x = torch.randn(32, 16)
     for kind in KINDS:
@@ -87,6 +94,8 @@ def test_training_in_bfloat16_leaves_the_sums_in_float32():
     (dict(isotropy="sigreg", isotropy_weight=1.2), "in the convex form λ is a share, from 0 to 1, not 1.2"),
     (dict(isotropy="sigreg", batch_size=3), "the shape of 3 texts says nothing"),
     (dict(std_weight=0.1, batch_size=2), "the shape of 2 texts says nothing"),
+    (dict(isotropy_weight=0.1), "isotropy_weight: no regulariser reads it; give isotropy"),
+    (dict(head_lr=1e-3), "head_lr: there is no head; give head"),
     (dict(isotropy="sigred"), "isotropy must be 'sigreg', 'covariance' or 'orthogonal'"),
 ])
 def test_settings_that_make_no_sense(settings, says):
@@ -117,4 +126,5 @@ def test_figures_of_a_model_that_broke():
     assert flat["isoscore"] == 0 and flat["mean_cosine"] == pytest.approx(1) and flat["eigenvalue_ratio"] == 0
     rng = np.random.default_rng(1)
     got = measure(after=rng.standard_normal((50, 4)), before=rng.standard_normal((50, 8)), most=40)
-    assert (got["n"], got["d"], {*got}) == (40, 4, {"before", "after", "gaussian", "n", "d"})
+    assert (got["n"], got["d"], {*got}) == (40, 4, {"before", "after", "gaussian", "gaussian_before", "n", "d"})
+    assert got["gaussian_before"]["participation"] > got["gaussian"]["participation"], "a wider cloud has a ceiling of its own"

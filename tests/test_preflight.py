@@ -3,6 +3,7 @@ import pytest
 import yaml
 
 from embedlab import estimate
+from embedlab.config import InputError
 from embedlab.estimate import check, dependencies, disk_space, whole_checkpoints
 
 
@@ -30,6 +31,20 @@ def test_a_set_that_is_missing_and_a_full_disk(papermill, presets):
     error, = ran.errors()
     assert error.evalue.startswith("2 of 5 checks failed") and "nothing" in error.evalue and "are free, a run needs" in error.evalue
     assert shown(ran).count("✗") == 2
+
+
+def test_the_labs_presets_are_planned_as_they_would_be_scored():
+    "Sets without a dev split are in every preset of a lab: nothing is scored here, so they stop nothing."
+    from embedlab.config import make_config
+    from embedlab.sweeping import SweepConfig, plan
+    for fixed, split in (({}, "test"), ("split=dev; epochs=1", "dev")):
+        seen = []
+        def look(settings, **kw): seen.append(settings); raise InputError("seen")
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(estimate, "estimate", look)
+            estimate.preflight(make_config(estimate.PreflightConfig, presets="isotropy/baseline", fixed=fixed))
+        assert [x.split for x in seen] == [split]
+    assert plan(make_config(SweepConfig, presets=["isotropy/baseline"]))[0].settings.split == "dev", "a sweep is for choices"
 
 
 def test_a_version_conflict(monkeypatch):

@@ -147,7 +147,7 @@ def test_only_what_is_trained_changes(tiny_model, settings):
 
 @pytest.mark.parametrize("settings", [{"head": 16}, {"tune": "head", "head": 16}, LORA | {"head": 16}, LORA, {}], ids=["all", "head", "lora and head", "lora", "no head"])
 def test_groups_hold_each_parameter_once_with_its_rate(tiny_model, settings):
-    cfg = make_config(**settings | {"lr": 2e-5, "head_lr": 1e-3, "weight_decay": 0.1})
+    cfg = make_config(**settings | {"lr": 2e-5, "weight_decay": 0.1} | ({"head_lr": 1e-3} if "head" in settings else {}))
     model = prepare(load_model(str(tiny_model)), cfg)
     groups, names = parameter_groups(model, cfg), {id(p): n for n, p in model.named_parameters()}
     held = [names[id(p)] for g in groups for p in g["params"]]
