@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'PARTS_LR', 'parts_of', 'hint_pairs', 'rows_of', 'BiEncoder', 'Together', 'new_chooser', 'scored', 'checked',
-           'reworded', 'train_on', 'Fold', 'folds', 'overlap', 'control', 'judge', 'hits', 'figures', 'kinds_missing',
-           'summary', 'combined']
+           'reworded', 'train_on', 'Fold', 'folds', 'places', 'chance', 'overlap', 'control', 'judge', 'tuned', 'hits',
+           'figures', 'kinds_missing', 'summary', 'member', 'combined']
 
 # %% ../nbs/37_choosing.ipynb #61f2b61d
-import contextlib, json, math, tempfile
+import contextlib, itertools, json, math, tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from .records import mark, pack, read_record, runs_folder, unpack
 from .running import model_named
 from .trainer import warmup_steps
 from .tuning import merge, prepare
-from .watching import FitLog, Watch
+from .watching import FitLog, Watch, diverged
 
 # %% ../nbs/37_choosing.ipynb #67228b60
 PARTS = (0.5, 0.5, -0.3)   # weights that the whole question, what it asks and what it refuses begin with: about what `fit_weights` finds (chapter 36)
@@ -56,6 +56,7 @@ class BiEncoder(nn.Module):
     def __init__(self, model, cfg: ChooseConfig, on: Machine):
         super().__init__()
         self.model, self.cfg, self.head, self.on = model, cfg, None, replace(on, bf16=False)   # near ties are decided in float32
+        self.ask, self.tell = ((model.prompts or {}).get(k) or "" for k in ("query", "document"))
         if cfg.tune == "head":
             self.head, self.vectors = nn.Linear(model.get_embedding_dimension(), model.get_embedding_dimension(), bias=False), {}
             nn.init.eye_(self.head.weight)
@@ -65,17 +66,17 @@ class BiEncoder(nn.Module):
     def batch(self, rows: list[tuple]) -> dict: # from `rows_of`
         "Number the distinct texts of a batch and tokenise each once."
         number = {}
-        at = lambda t: number.setdefault(t, len(number)) if t else -1
-        parts = [[at(t) for t in parts_of(q, self.cfg)] for q, *_ in rows]
+        at = lambda prompt, t: number.setdefault(prompt + t, len(number)) if t else -1
+        parts = [[at(self.ask, t) for t in parts_of(q, self.cfg)] for q, *_ in rows]
         n = max(len(o) for _, o, *_ in rows)
-        options = [[at(t) for t in o] + [-1] * (n - len(o)) for _, o, *_ in rows]
-        hints = [[at(asked), at(met)] for *_, hints in rows for asked, met in hints]
+        options = [[at(self.tell, t) for t in o] + [-1] * (n - len(o)) for _, o, *_ in rows]
+        hints = [[at(self.ask, asked), at(self.tell, met)] for *_, hints in rows for asked, met in hints]
         return {"labels": torch.tensor([a for *_, a, _ in rows]), "parts": torch.tensor(parts), "options": torch.tensor(options), "hints": torch.tensor(hints, dtype=torch.long).reshape(-1, 2),
                 "texts": self.frozen([*number]) if self.head else features_of(self.model, tokenised(self.model, [*number]))}
 
     def frozen(self, texts: list[str]) -> dict:
         "Embed each text once, however often it is read."
-        if new := [t for t in texts if t not in self.vectors]: self.vectors |= zip(new, torch.from_numpy(encode(self.model, new, "text", self.on, cache=EmbeddingCache(self.model, self.on))))
+        if new := [t for t in texts if t not in self.vectors]: self.vectors |= zip(new, torch.from_numpy(encode(self.model, new, "none", self.on, cache=EmbeddingCache(self.model, self.on))))   # prompts are in front already
         return {"vectors": torch.stack([self.vectors[t] for t in texts])}
 
     def forward(self, parts: Tensor,   # (questions, parts) numbers of texts; -1 for none
@@ -116,7 +117,7 @@ class Together(nn.Module):
     def batch(self, rows: list[tuple]) -> dict:
         n = max(len(o) for _, o, *_ in rows)
         pairs = [(parts_of(q, self.cfg)[0], t) for q, o, *_ in rows for t in o]
-        pairs = self.tokenizer([q for q, _ in pairs], [t for _, t in pairs], padding=True, truncation=True, max_length=self.cfg.max_tokens or 128, return_tensors="pt")
+        pairs = self.tokenizer([q for q, _ in pairs], [t for _, t in pairs], padding=True, truncation=True, max_length=min(self.cfg.max_tokens or self.tokenizer.model_max_length, self.body.config.max_position_embeddings), return_tensors="pt")
         return {"labels": torch.tensor([a for *_, a, _ in rows]), "there": torch.tensor([[k < len(o) for k in range(n)] for _, o, *_ in rows]), "pairs": dict(pairs)}
 
     def forward(self, there: Tensor,  # (questions, options) False beyond a question's last
@@ -155,7 +156,7 @@ def scored(model: nn.Module, q: Questions, on: Machine,
 def checked(scores: list[np.ndarray], q: Questions) -> list[np.ndarray]:
     "Refuse scores that are no answer."
     if bad := next((i for i, s in zip(q.ids, scores) if not np.isfinite(s).all()), None): raise InputError(f"{q.name}: the scores of question '{bad}' are not numbers; the model diverged, lower lr or give precision=fp32")
-    if len(q) > 1 and all(np.ptp(s) == 0 for s in scores): raise InputError(f"{q.name}: all options of each question have the same score, so that the first would win each time; the model has collapsed, lower lr")
+    if len(q) > 1 and all(np.ptp(s) < 1e-6 for s in scores): raise InputError(f"{q.name}: all options of each question have the same score, so that the first would win each time; the model has collapsed, lower lr")
     return scores
 
 class _Best(TrainerCallback):
@@ -203,12 +204,15 @@ def train_on(model: nn.Module, q: Questions, held: Questions | None, # to look a
                           compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}, callbacks=[Watch(log)] + [best] * bool(held))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    if bad := next((x for x in log.loss if not math.isfinite(x[1])), None): raise diverged(bad[1], bad[0], cfg.lr)   # the best weights may be from before
+    if trainer.state.global_step < steps: log.stopped = f"the held-out accuracy did not rise for {cfg.patience} epochs; stopped at step {trainer.state.global_step} of {steps}"
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)   # before LoRA's matrices are folded in
     if held: model.load_state_dict(best.weights); log.engine["best_epoch"] = best.epoch
     if base:
         if cfg.tune == "lora": merge(model.model)
         base = {k.replace(".base_layer", ""): v for k, v in base.items() if "lora_" not in k}
         model.load_state_dict({k: torch.lerp(base[k], v, cfg.interpolate) if v.is_floating_point() and k != "weights" else v for k, v in model.state_dict().items()})
-    log.engine |= {"attention": kernel, "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "weights": model.weights.tolist() if isinstance(model, BiEncoder) else None}
+    log.engine |= {"attention": kernel, "trainable": trainable, "weights": model.weights.tolist() if isinstance(model, BiEncoder) else None}
     return log
 
 # %% ../nbs/37_choosing.ipynb #adf8e533
@@ -231,10 +235,20 @@ def folds(q: Questions, cfg: ChooseConfig) -> list[Fold]:
     for n, judged in enumerate(cut):
         if cfg.only and n not in cfg.only: continue
         rest = rest_of(q, judged, cfg.strict)
-        held = rest[folds_of(q.part(rest.tolist()), cfg.fold_count)[n - 1]] if cfg.hold_out or cfg.split == "dev" else rest[:0]   # no answer crosses here either
-        out.append(Fold(n, np.setdiff1d(rest, held), held, held if cfg.split == "dev" else judged))
+        held = np.intersect1d(rest, cut[n - 1]) if cfg.hold_out or cfg.tries or cfg.split == "dev" else rest[:0]   # each question is held out once, and no answer crosses here either
+        if cfg.strict and cfg.split == "dev": rest = np.union1d(held, np.intersect1d(rest, rest_of(q, held, True)))
+        if not len(train := np.setdiff1d(rest, held)): raise InputError(f"fold {n}: no question is left to train on; give " + ("strict=False" if cfg.strict else f"fold_count={cfg.fold_count + 1}, or hold_out=False"))
+        out.append(Fold(n, train, held, held if cfg.split == "dev" else judged))
     if not out: raise InputError(f"only: there are the folds 0 to {len(cut) - 1}; none of {', '.join(map(str, cfg.only))} is among them")
     return out
+
+def places(q: Questions, cfg: ChooseConfig) -> list[int]:
+    "List the questions that a run judges, in their order."
+    if cfg.method == "ensemble": return [*member(cfg.members[0]).engine["judged"]]
+    return np.sort(np.concatenate([f.judged for f in folds(q, cfg)])).tolist()
+
+def chance(q: Questions) -> float: # accuracy of a blind guess
+    return float(np.mean([1 / len(o) for o in q.options]))
 
 def overlap(q: Questions, cut: list[Fold]) -> dict:
     "Count judged questions that stand in their fold's training, and those whose answer is an option there; for the record."
@@ -254,23 +268,39 @@ def control(q: Questions, kind: str # first or longest
 def judge(q: Questions, cfg: ChooseConfig,
           folder: Path,              # of the run; finished folds are kept here
           on: Machine
-         ) -> tuple[list[int], list[np.ndarray], list[FitLog]]: # places of the judged questions, their options' scores, and how training went
+         ) -> tuple[list[np.ndarray], list[FitLog]]: # scores of each judged question's options, in the order of `places`; how training went
     "Choose for every judged question by a model that was not tuned on it."
-    if cfg.method in ("first", "longest"): return [*range(len(q))], control(q, cfg.method), []
-    if cfg.method == "zero-shot": return [*range(len(q))], scored(new_chooser(cfg, on), q, on), []
-    at, scores, logs = [], [], []
+    judged = q.part(places(q, cfg))
+    if cfg.method in ("first", "longest"): return control(judged, cfg.method), []
+    if cfg.method == "zero-shot": return scored(new_chooser(cfg, on), judged, on), []
+    by_place, logs = {}, []
     for f in folds(q, cfg):
-        path = Path(folder) / "folds" / f"{f.number}.json"
-        if path.exists(): done = json.loads(path.read_text()); print(f"fold {f.number} was finished before")
+        path, asked = Path(folder) / "folds" / f"{f.number}.json", q.part(f.judged.tolist())
+        done = json.loads(path.read_text()) if path.exists() else {}
+        if done.get("judged") == asked.fingerprint: print(f"fold {f.number} was finished before")
         else:
-            print(f"fold {f.number}: {len(f.train)} questions to tune on, {len(f.held)} held out, {len(f.judged)} judged" + "".join(f"; no {k.partition(':')[2]} among them" for k in kinds_missing(q, q.part(f.judged.tolist()))), flush=True)
-            model = new_chooser(cfg, on)
-            log = train_on(model, q.part(f.train.tolist()), q.part(f.held.tolist()) if cfg.hold_out else None, cfg, on)
-            done = {"scores": [s.tolist() for s in scored(model, q.part(f.judged.tolist()), on)], "log": asdict(log)}
+            print(f"fold {f.number}: {len(f.train)} questions to tune on, {len(f.held)} held out, {len(f.judged)} judged" + "".join(f"; no {k.partition(':')[2]} among them" for k in kinds_missing(q, asked)), flush=True)
+            model, log = tuned(q, f, cfg, on)
+            done = {"judged": asked.fingerprint, "scores": [s.tolist() for s in scored(model, asked, on)], "log": asdict(log)}
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part"); part.write_text(json.dumps(done)); part.replace(path)
-        at += f.judged.tolist(); scores += map(np.array, done["scores"]); logs.append(FitLog(**done["log"]))
-    return at, scores, logs
+        by_place |= zip(f.judged.tolist(), map(np.array, done["scores"])); logs.append(FitLog(**done["log"]))
+    return [by_place[i] for i in sorted(by_place)], logs
+
+def tuned(q: Questions, f: Fold, cfg: ChooseConfig, on: Machine) -> tuple[nn.Module, FitLog]:
+    "Tune a model for a fold; with `tries`, by the settings that answer the held-out fold best, on all that is not judged."
+    def go(c, rows, held=None):
+        model = new_chooser(c, on)
+        return model, train_on(model, q.part(rows.tolist()), held, c, on)
+    if not cfg.tries: return go(cfg, f.train, q.part(f.held.tolist()) if cfg.hold_out and cfg.split == "test" else None)
+    held, found = q.part(f.held.tolist()), []
+    for values in itertools.product(*cfg.tries.values()):
+        c = cfg.model_copy(update=dict(zip(cfg.tries, values)))
+        found.append((hits(held, scored(go(c, f.train)[0], held, on)).mean(), c))
+    best = max(found, key=lambda x: x[0])[1]   # of equal ones the first
+    model, log = go(best, np.union1d(f.train, f.held))
+    log.engine |= {"chosen": {k: getattr(best, k) for k in cfg.tries}, "held_out_accuracy": [round(float(a), 4) for a, _ in found]}
+    return model, log
 
 def hits(q: Questions, scores: list[np.ndarray]) -> np.ndarray: # (questions,) 1 where the right option has the highest score
     return np.array([float(s.argmax() == a) for s, a in zip(scores, q.answers)])
@@ -295,17 +325,23 @@ def summary(logs: list[FitLog], at: list[int], scores: list[np.ndarray]) -> dict
     return {"folds": [log.engine | log.course() | {"steps": log.steps, "top_rate": max((v for _, v in log.rate), default=0.0), "seconds": round(log.seconds, 1)} for log in logs], "judged": at,
             "options": pack(np.concatenate(scores)), "sizes": [len(s) for s in scores]}
 
-def combined(q: Questions, cfg: ChooseConfig) -> tuple[list[int], list[np.ndarray], list]: # as for `judge`
+def member(name: str):
+    "Read a finished run that an ensemble adds up."
+    notebook = runs_folder() / f"{name}.ipynb"
+    r = read_record(notebook) if notebook.is_file() else None
+    if r is None or r.kind != "choose" or r.status != "completed": raise InputError(f"members: {name} is no finished run of nbs/choose.ipynb in {runs_folder()}; run it first, or leave it out")
+    if mark(r): raise InputError(f"members: {name} has seen in training what it judged ({mark(r)}); leave it out")
+    return r
+
+def combined(q: Questions, cfg: ChooseConfig) -> tuple[list[np.ndarray], list]: # as for `judge`
     "Add up the scores of finished runs, each question's brought to a mean of 0 and a standard deviation of 1."
-    total, places = None, None
-    for name in cfg.members:
-        notebook = runs_folder() / f"{name}.ipynb"
-        r = read_record(notebook) if notebook.is_file() else None
-        if r is None or r.kind != "choose" or r.status != "completed": raise InputError(f"members: {name} is no finished run of nbs/choose.ipynb in {runs_folder()}; run it first, or leave it out")
-        if r.data[0]["sha256"] != q.fingerprint or r.split != cfg.split: raise InputError(f"members: {name} judged other questions, another order of options or another split; give runs with questions={cfg.questions}, order={cfg.order} and split={cfg.split}")
-        if mark(r): raise InputError(f"members: {name} has seen in training what it judged ({mark(r)}); leave it out")
-        by_place = dict(zip(r.engine["judged"], np.split(unpack(r.engine["options"]), np.cumsum(r.engine["sizes"])[:-1])))
-        if places is not None and {*by_place} != {*places}: raise InputError(f"members: {name} judged other folds than {cfg.members[0]}; give runs of the same folds")
-        z = {i: (s - s.mean()) / (s.std() or 1) for i, s in by_place.items()}
-        places, total = places or [*z], {i: z[i] + (total[i] if total else 0) for i in z}
-    return places, [total[i] for i in places], []
+    total, runs = None, {name: member(name) for name in cfg.members}
+    at = places(q, cfg)
+    for name, r in runs.items():
+        if r.engine["judged"] != at: raise InputError(f"members: {name} judged other questions than {cfg.members[0]}; give runs of the same folds")
+        if r.data[0]["sha256"] != q.part(at).fingerprint or r.split != cfg.split: raise InputError(f"members: {name} judged other questions, another order of options or another split; give runs with questions={cfg.questions}, order={cfg.order} and split={cfg.split}")
+        if other := [k for k in ("folds", "fold_count", "strict", "blind") if r.params.get(k) != runs[cfg.members[0]].params.get(k)]: raise InputError(f"members: {name} has another {other[0]} than {cfg.members[0]}; give runs that agree in it")
+        z = [(s - s.mean()) / (s.std() or 1) for s in np.split(unpack(r.engine["options"]), np.cumsum(r.engine["sizes"])[:-1])]
+        total = [a + b for a, b in zip(total, z)] if total else z
+    return total, []
+

@@ -95,7 +95,7 @@ AT_ONCE, AT_ONCE_GPU = 2048, 16384   # tokens in a batch: on a processor, as mea
 
 def encode(model: SentenceTransformer,
            texts: list[str],
-           kind: str = "document",       # query or document: which prompt goes in front; text for none
+           kind: str = "document",       # query, document or text: which of the model's prompts goes in front; none for none
            on: Machine | None = None,    # where to compute; found out without
            batch: int | None = None,     # texts at a time; without, as many as make 2,048 tokens on a processor
            progress: Callable[[int, int], None] | None = None, # called with texts done and texts in all
@@ -103,7 +103,7 @@ def encode(model: SentenceTransformer,
            cache: EmbeddingCache | None = None # of this model
           ) -> np.ndarray:               # (texts, width) float32
     "Encode each distinct text once; rows in the order of `texts`."
-    if kind not in ("query", "document", "text"): raise InputError(f"kind must be query, document or text, not {kind!r}")
+    if kind not in ("query", "document", "text", "none"): raise InputError(f"kind must be query, document, text or none, not {kind!r}")
     if not len(texts): raise InputError("there is no text to encode")
     on, model, prompt = on or machine(), model.eval(), (model.prompts or {}).get(kind) or ""
     unique = list(dict.fromkeys(texts))

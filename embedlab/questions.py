@@ -57,18 +57,23 @@ def as_questions(rows: list[tuple[str, dict]], # what to call each row in a mess
         def wrong(what): return InputError(f"{name}, {where}: {what}")
         query, given, answer = _first(row, QUESTION), row.get("options"), row.get("answer")
         if not isinstance(query, str) or not normalise(query): raise wrong(f"no text for the question (one of {', '.join(QUESTION)})")
-        if given is None: given = {k: v for k, v in row.items() if k.startswith("option") and v}
+        if given is None:
+            given = {k: v for k, v in row.items() if k.startswith("option") and k != "options"}
+            while given and not [*given.values()][-1]: given.popitem()   # a table's last columns may be empty, a gap would move the places
         keys, texts = ([*given], [*given.values()]) if isinstance(given, dict) else ([], list(given)) if isinstance(given, list) else ([], [])
         if bad := [t for t in texts if not isinstance(t, str) or not normalise(t)]: raise wrong(f"the option {bad[0]!r} is no text")
         if len(texts) < 2: raise wrong(f"{len(texts)} option{'s' * (len(texts) != 1)}; give two at least, as options or in columns option_1, option_2 …")
         if twice := next((t for i, t in enumerate(texts) if normalise(t) in map(normalise, texts[:i])), None): raise wrong(f"the option '{twice}' stands twice; leave one out")
         if answer in (None, ""): raise wrong("no answer; give the right option's text, key or place")
         place = next((x.index(answer) for x in (texts, keys) if answer in x), None)
-        if place is None and str(answer).isdigit() and int(answer) < len(texts): place = int(answer)
+        if place is None and str(answer).isdecimal() and int(answer) < len(texts): place = int(answer)
         if place is None: raise wrong(f"the answer '{answer}' is not among the {len(texts)} options; give the right option's text, its key, or its place from 0 to {len(texts) - 1}")
         kinds = _first(row, TYPES) or []
-        kinds = [k for k, v in kinds.items() if v] if isinstance(kinds, dict) else [k.strip() for k in kinds.split(",")] if isinstance(kinds, str) else list(kinds)
-        for k, v in zip(out, (str(row.get("id", len(out["ids"]))), query, texts, place, kinds, _first(row, HINTS) or {})): out[k].append(v)
+        kinds = [k for k, v in kinds.items() if v] if isinstance(kinds, dict) else [k.strip() for k in kinds.split(",")] if isinstance(kinds, str) else kinds
+        if not isinstance(kinds, list) or not all(isinstance(k, str) for k in kinds): raise wrong(f"the kinds {kinds!r} are no texts; give a text, or several separated by commas")
+        hints = _first(row, HINTS) or {}
+        if not isinstance(hints, dict) or not all(isinstance(t, str) for v in hints.values() for t in (v if isinstance(v, list) else [v])): raise wrong(f"the hints {hints!r} are no object of texts: words of the question, and those of the answer that meet them")
+        for k, v in zip(out, (str(row.get("id", len(out["ids"]))), query, texts, place, kinds, hints)): out[k].append(v)
     if twice := next((i for n, i in enumerate(out["ids"]) if i in out["ids"][:n]), None): raise InputError(f"{name}: the id '{twice}' stands twice; give each question its own")
     return Questions(name, **out)
 
@@ -133,7 +138,7 @@ def folds_of(q: Questions, k: int = 5, seed: int = 0) -> list[np.ndarray]: # pla
     order = np.random.default_rng(seed).permutation(len(sizes))
     out = [[] for _ in range(k)]
     for g in order[np.argsort(-sizes[order], kind="stable")]: min(out, key=len).extend(np.flatnonzero(group == g).tolist())
-    if not all(out): raise InputError(f"{q.name}: {len(sizes)} groups of questions that belong together don't make {k} folds; ask for fewer")
+    if not all(out): raise InputError(f"{q.name}: {len(sizes)} groups of questions that belong together don't make {k} folds; " + ("ask for fewer" if len(sizes) > 1 else "each one's answer is an option of others, as yes and no are, and so none can be judged by a model that hasn't seen its answer"))
     return [np.array(sorted(f)) for f in out]
 
 def rest_of(q: Questions, fold: np.ndarray,
@@ -141,7 +146,7 @@ def rest_of(q: Questions, fold: np.ndarray,
            ) -> np.ndarray:      # places
     "List what may be trained on where a fold is tested."
     seen = {normalise(t) for i in fold for t in q.options[i]} if strict else set()
-    return np.array([i for i in range(len(q)) if i not in {*fold.tolist()} and not seen & {*map(normalise, q.options[i])}])
+    return np.array([i for i in range(len(q)) if i not in {*fold.tolist()} and not seen & {*map(normalise, q.options[i])}], int)
 
 def published_folds() -> list[np.ndarray]:
     "Read the five folds of Recipe-MPR's authors: places of each one's test questions."

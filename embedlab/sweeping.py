@@ -19,27 +19,10 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from .comparison import CompareConfig, Comparison, compare_runs
-from .config import InputError, Names, make_config
+from .config import Grid, InputError, Named, Names, make_config
 from .records import read_record, runs_folder
 
 # %% ../nbs/30_sweeping.ipynb #d312016d
-def _value(text: str):
-    "Read a value as Python writes it, else as text."
-    try: return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError): return text.strip()
-
-def _named(v, read: Callable = _value):
-    "Read JSON or `name=value; name=value` as a dictionary."
-    if not isinstance(v, str): return v
-    if v.lstrip().startswith("{"): return json.loads(v)
-    parts = [p.partition("=") for p in v.split(";") if p.strip()]
-    if bad := [k for k, sign, _ in parts if not sign]: raise ValueError(f"'{bad[0].strip()}' is no name=value")
-    return {k.strip(): read(x) for k, _, x in parts}
-
-def _lists(v):
-    v = _named(v, lambda text: [*map(_value, text.split(","))])
-    return {k: x if isinstance(x, list) else [x] for k, x in v.items()} if isinstance(v, dict) else v
-
 def _seeds(v): return [*range(v)] if isinstance(v, int) else v.split(",") if isinstance(v, str) else v
 
 class SweepConfig(BaseModel):
@@ -49,12 +32,12 @@ class SweepConfig(BaseModel):
     run: str = Field("sweep", pattern=r"^[A-Za-z0-9][\w.-]*$",
                      description="Name of the sweep: its runs' names begin with it, its logs and report go to this folder in runs/")
     notebook: str = Field("train", min_length=1, description="What each run executes: a driver's name (train, evaluate) or a notebook")
-    grid: Annotated[dict[str, list], BeforeValidator(_lists)] = Field({},
+    grid: Grid = Field({},
                     description="Values of each parameter, all combined: 'lr=1e-5,5e-5; epochs=1,2', JSON or a dictionary")
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_seeds)] = Field([],
                     description="Seeds of each combination: how many, or which (0,1,2); without, the notebook's own")
     presets: Names = Field([], description="Parameter files (YAML), separated by commas; each is combined with the grid")
-    fixed: Annotated[dict, BeforeValidator(_named)] = Field({}, description="Parameters of all runs: 'base=minilm; max_steps=50', JSON or a dictionary")
+    fixed: Named = Field({}, description="Parameters of all runs: 'base=minilm; max_steps=50', JSON or a dictionary")
     at_once: int | None = Field(None, ge=1, description="Runs at a time; without, one on each GPU, else what cores and memory hold")
     baseline: str = Field("base", min_length=1, description="What the runs are compared with: base (the untouched model) or one run")
     metric: str = Field("leading", min_length=1, description="The metric of the verdicts: leading (each set's own) or a name such as ndcg@10")

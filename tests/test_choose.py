@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedlab.choosing import control, folds, hits, new_chooser, overlap, parts_of, scored, train_on
+from embedlab.choosing import control, folds, hits, new_chooser, overlap, parts_of, places, scored, train_on, tuned
 from embedlab.config import ChooseConfig, InputError, make_config
 from embedlab.leaks import normalise
 from embedlab.models import machine
@@ -67,8 +67,11 @@ def test_no_answer_crosses_a_fold():
             assert not {*f.train} & {*f.judged} and not {*f.train} & {*f.held}
             assert not {answer(i) for i in f.train} & options(f.judged) and not {answer(i) for i in f.held} & options(f.train)
             assert (f.judged.tolist() == f.held.tolist()) == (split == "dev")
-    held = [f.held for f in folds(q, make_config(ChooseConfig, method="bi-encoder", split="dev"))]
-    assert len(set(np.concatenate(held).tolist())) > 350 and np.isin(cut[0], held[1]).all(), "what is held out takes turns, and holds the largest group once"
+    dev = make_config(ChooseConfig, method="bi-encoder", split="dev")
+    held = [f.held for f in folds(q, dev)]
+    assert sorted(np.concatenate(held).tolist()) == places(q, dev) == list(range(500)) and np.isin(cut[0], held[1]).all(), "each question is held out once"
+    for f in folds(q, dev.model_copy(update={"strict": True})): assert not options(f.train) & options(f.judged)
+    assert places(q, make_config(ChooseConfig, method="first", split="dev", only="1")) == cut[0].tolist(), "a control judges what the others judge"
     wrong, = folds(q, make_config(ChooseConfig, method="multiple-choice", folds="wrong"))
     assert len(wrong.train) == 450 and len(wrong.judged) == 500
 
@@ -127,25 +130,26 @@ def test_what_is_trained_follows_the_settings(asked, tiny_model):
     q, on = read_questions(asked), machine(make_config(ChooseConfig, precision="fp32"))
     q = q.part([*range(12)])
     q = replace(q, hints=[{x.split()[0]: o[a].split()[1]} for x, o, a in zip(q.queries, q.options, q.answers)])
-    def tuned(**settings):
+    def trained(**settings):
         cfg = make_config(ChooseConfig, base=str(tiny_model), method="bi-encoder", epochs=2, lr=1e-2, precision="fp32", **settings)
         model = new_chooser(cfg, on)
         before = {k: v.clone() for k, v in model.state_dict().items()}
         return train_on(model, q, None, cfg, on), before, model.state_dict()
-    log, before, after = tuned(tune="lora", lora_rank=2)
+    log, before, after = trained(tune="lora", lora_rank=2)
     assert log.engine["trainable"] < 5000 and [k for k in before if not torch.equal(before[k], after[k])] and all("lora_" in k or k == "weights" for k in before if not torch.equal(before[k], after[k]))
-    (whole, before, after), (_, _, half) = tuned(), tuned(interpolate=0.5)
+    (whole, before, after), (_, _, half) = trained(), trained(interpolate=0.5)
     name = next(k for k in after if "query.weight" in k)
     assert torch.allclose(half[name], (before[name] + after[name]) / 2, atol=1e-6) and not torch.equal(before[name], after[name])
-    turned, before, after = tuned(tune="head", dropout=0.1)
+    turned, before, after = trained(tune="head", dropout=0.1)
     assert [k for k in before if not torch.equal(before[k], after[k])] == ["head.weight"] and turned.engine["trainable"] == after["head.weight"].numel()
-    _, before, merged = tuned(tune="lora", lora_rank=2, interpolate=0.5)
+    folded, before, merged = trained(tune="lora", lora_rank=2, interpolate=0.5)
+    assert folded.engine["trainable"] == log.engine["trainable"], "counted before the matrices are folded in"
     assert not [k for k in merged if "lora_" in k] and not torch.equal(merged[name], before[name.replace("query.", "query.base_layer.")])
-    hinted, _, other = tuned(hints=1.0)
+    hinted, _, other = trained(hints=1.0)
     assert hinted.loss[0][1] > whole.loss[0][1] and not torch.equal(other[name], after[name])
-    _, _, other = tuned(both_ways=True)
+    _, _, other = trained(both_ways=True)
     assert not torch.equal(other[name], after[name])
-    again, _, other = tuned(reworded=True)
+    again, _, other = trained(reworded=True)
     assert again.steps == 2 * whole.steps
 
 
@@ -164,6 +168,44 @@ def test_a_blind_model_never_reads_the_question(asked, tiny_model):
     assert parts_of("Can I have soup without leeks?", cfg.model_copy(update={"blind": False})) == ["Can I have soup without leeks?", "Can I have soup", "leeks?"]
 
 
+def test_each_fold_chooses_its_settings_by_what_it_holds_out(asked, tiny_model):
+    "The best on the held-out fold is taken, and trained on both; what is judged is seen by neither."
+    q, on = read_questions(asked), machine(make_config(ChooseConfig, precision="fp32"))
+    cfg = make_config(ChooseConfig, base=str(tiny_model), method="bi-encoder", epochs=4, precision="fp32", fold_count=3, tries="lr=1e-9,2e-3")
+    first = folds(q, cfg)[0]
+    assert len(first.held) and not {*first.held} & {*first.train, *first.judged}
+    model, log = tuned(q, first, cfg, on)
+    nothing, some = log.engine["held_out_accuracy"]
+    assert log.engine["chosen"] == {"lr": 2e-3} and some > nothing
+    again = new_chooser(cfg, on)
+    train_on(again, q.part(np.union1d(first.train, first.held).tolist()), None, cfg.model_copy(update={"lr": 2e-3}), on)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    for params, said in (({"split": "dev"}, "give split=test"), ({"method": "zero-shot"}, "a method that is trained"), ({"tries": "lr=7"}, "tries: lr Input should be less"), ({"tries": "lrr=1"}, "tries: lrr Extra"), ({"patience": 2}, "with tries and on dev the last epoch is taken")):
+        with pytest.raises(InputError, match=said): make_config(ChooseConfig, **{"method": "bi-encoder", "tries": "lr=1e-5,2e-5"} | params)
+
+
+def test_a_fold_that_stops_early_or_breaks(asked, tiny_model):
+    q, on = read_questions(asked), machine(make_config(ChooseConfig, precision="fp32"))
+    cfg = make_config(ChooseConfig, base=str(tiny_model), method="bi-encoder", epochs=5, precision="fp32", lr=1e-9, patience=1)
+    log = train_on(new_chooser(cfg, on), q.part([*range(12)]), q.part([*range(12, 24)]), cfg, on)
+    assert log.stopped == "the held-out accuracy did not rise for 1 epochs; stopped at step 2 of 5"
+    model = new_chooser(cfg, on)
+    with torch.no_grad(): model.weights.fill_(float("nan"))
+    with pytest.raises(InputError, match="the loss is nan at step 1"): train_on(model, q.part([*range(12)]), None, cfg, on)
+
+
+def test_prompts_stand_in_front(asked, tiny_model):
+    "A base that was trained with prompts gets them: its question's in front of what asks, its document's in front of options."
+    cfg, on = make_config(ChooseConfig, base=str(tiny_model), precision="fp32"), machine(make_config(ChooseConfig, precision="fp32"))
+    for tune in ("all", "head"):
+        model = new_chooser(cfg.model_copy(update={"method": "bi-encoder", "tune": tune}), on)
+        model.ask, model.tell = "query: ", "passage: "
+        rows = [("red door", ["a door", "a house"], 0, [])]
+        texts = model.batch(rows)["texts"]
+        if tune == "head": assert [*model.vectors] == ["query: red door", "passage: a door", "passage: a house"]
+        else: assert model.model.tokenizer.convert_ids_to_tokens(texts["input_ids"].reshape(-1)[:4].tolist())[1:3] == model.model.tokenizer.tokenize("query:")
+
+
 def test_a_model_that_is_broken_fails(asked, tiny_model):
     cfg = make_config(ChooseConfig, base=str(tiny_model))
     on, q = machine(cfg), read_questions(asked)
@@ -177,8 +219,26 @@ def test_a_model_that_is_broken_fails(asked, tiny_model):
 
 def test_settings_that_do_not_go_together(asked):
     for params, said in [({"method": "ensemble"}, "members: an ensemble adds up other runs"), ({"method": "multiple-choice", "clauses": True}, "clauses: multiple-choice reads a question as it is"),
-                         ({"patience": 2, "hold_out": False}, "patience: nothing is held out"), ({"method": "bert"}, "method must be"), ({"method": "multiple-choice", "tune": "lora"}, "tune: this is for method=bi-encoder, not multiple-choice"), ({"warmup": 1.5}, "warmup: below 1 it is a share")]:
+                         ({"patience": 2, "hold_out": False}, "patience: nothing is held out"), ({"method": "bert"}, "method must be"), ({"method": "cross-encoder", "in_batch": False}, "in_batch: this is for method=bi-encoder"), ({"method": "bi-encoder", "lora_rank": 4}, "lora_rank: no adapter is trained"),
+                         ({"method": "bi-encoder", "blind": True, "hints": 1.0}, "a blind model reads nothing"), ({"method": "bi-encoder", "dropout": 0.1}, "dropout: this is for tune=head"), ({"method": "multiple-choice", "tune": "lora"}, "tune: this is for method=bi-encoder, not multiple-choice"), ({"warmup": 1.5}, "warmup: below 1 it is a share")]:
         with pytest.raises(InputError, match=said): make_config(ChooseConfig, **params)
     q = read_questions(asked)
+    with pytest.raises(InputError, match="no question is left to train on; give fold_count=3, or hold_out=False"): folds(q, make_config(ChooseConfig, method="bi-encoder", fold_count=2))
     with pytest.raises(InputError, match="there are the folds 0 to 4; none of 7"): folds(q, make_config(ChooseConfig, only="7"))
     with pytest.raises(InputError, match="recipe-mpr's 500 questions, .* has 30"): folds(q, make_config(ChooseConfig, folds="published"))
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"hints": "red: door"}, "the hints 'red: door' are no object of texts"), ({"hints": ["red"]}, "are no object of texts"), ({"type": 3}, "the kinds 3 are no texts"), ({"answer": "²"}, "the answer '²' is not among the 2 options"),
+    ({"options": None, "option_1": "", "option_2": "tea", "option_3": "milk", "answer": 0}, "the option '' is no text")])
+def test_a_malformed_question(tmp_path, row, said):
+    (tmp_path / "q.json").write_text(json.dumps([{"question": "what?", "options": ["tea", "milk"], "answer": "tea"} | row]))
+    with pytest.raises(InputError, match=f"question 0: .*{said}"): read_questions(tmp_path / "q.json")
+
+
+def test_questions_whose_answers_are_everybodys_options(tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps([{"question": f"is {n} odd?", "options": ["yes", "no"], "answer": ["no", "yes"][n % 2]} for n in range(9)]))
+    q = read_questions(tmp_path / "q.json")
+    with pytest.raises(InputError, match="each one's answer is an option of others, as yes and no are"): folds_of(q)
+    (tmp_path / "q.json").write_text(json.dumps([{"question": f"{n}?", "options": [f"word{n}", "none of these"], "answer": 0} for n in range(9)]))
+    with pytest.raises(InputError, match="no question is left to train on; give strict=False"): folds(read_questions(tmp_path / "q.json"), make_config(ChooseConfig, method="bi-encoder", strict=True, hold_out=False))
