@@ -10,6 +10,7 @@ __all__ = ['ATTEMPTS', 'puzzle_sets', 'greedy', 'changes_of', 'Answering', 'vote
 # %% ../nbs/43_adapting.ipynb #251d52fd
 import contextlib, json, math, time, zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,19 @@ def puzzle_sets(cfg: SolveConfig) -> tuple[dict[str, list[Task]], dict[str, int]
     seen, held = families_of(cfg)
     parts, sets, large = {"families:seen": seen, "families:held-out": held}, {}, {}
     for name in [n for p in cfg.puzzles for n in (parts if p == "families" else [p])]:
-        tasks = _made(parts[name], cfg, name) if name in parts else load_tasks(name)
+        tasks = _made(parts[name], cfg, name) if name in parts else load_tasks(_known(name))
         solved_needed(tasks)
-        fit = [t for t in tasks if not cfg.max_side or t.largest <= cfg.max_side]
+        small = lambda ts: [t for t in ts if not cfg.max_side or t.largest <= cfg.max_side]
+        fit = small(tasks)
         label = name if name in parts or name == "arc-agi-1" else Path(name).stem
-        if label in sets: raise InputError(f"puzzles: {label} is named twice; name each set once")
-        large[label], sets[label] = len(tasks) - len(fit), fit if name in parts else _drawn(fit, cfg, label)
+        if label in sets: raise InputError(f"puzzles: two sets are called {label}; name each set once, and give files and folders names of their own")
+        large[label], sets[label] = len(tasks) - len(fit), fit if name in parts else _drawn(tasks, small, cfg, label)
         if not sets[label]: raise InputError(f"puzzles: none of the {len(tasks)} tasks of {label} has sides up to {cfg.max_side}; raise max_side")
     return sets, large
+
+def _known(name: str) -> str:
+    if name.startswith("families"): raise InputError(f"puzzles: '{name}' is no part of the families; there are families:seen and families:held-out, and families for both")
+    return name
 
 def _made(families: list[str], cfg: SolveConfig, name: str) -> list[Task]:
     if not families: raise InputError(f"puzzles: {name} has no families left; name some with {'families' if name.endswith('seen') else 'held_out'}, or leave it out")
@@ -52,10 +58,12 @@ def _made(families: list[str], cfg: SolveConfig, name: str) -> list[Task]:
     test = make_tasks(families, cfg.tasks, 0, cfg.size, cfg.demos)
     return test if cfg.split == "test" else make_tasks(families, cfg.tasks, 1, cfg.size, cfg.demos, {t.fingerprint for t in test})
 
-def _drawn(tasks: list[Task], cfg: SolveConfig, name: str) -> list[Task]:
-    order, n = np.random.default_rng(cfg.sample).permutation(len(tasks)), cfg.tasks or len(tasks)
-    if cfg.split == "dev" and 2 * n > len(tasks): raise InputError(f"puzzles: {name} has {len(tasks)} tasks; split dev takes its last ones and leaves as many to test, so that tasks must be {len(tasks) // 2} at most")
-    return [tasks[i] for i in (order[:n] if cfg.split == "test" else order[len(tasks) - n:])]
+def _drawn(tasks: list[Task], small: Callable, cfg: SolveConfig, name: str) -> list[Task]:
+    order, half = np.random.default_rng(cfg.sample).permutation(len(tasks)), len(tasks) // 2   # of all tasks, whatever max_side is, so that no task changes sides
+    first, last = (small([tasks[i] for i in part]) for part in (order[:half], order[half:]))
+    if cfg.split == "test": return (first + last)[:cfg.tasks]   # tasks of dev come last
+    if not cfg.tasks or cfg.tasks > len(last): raise InputError(f"puzzles: split dev takes {name}'s second half, which has {len(last)} tasks" + (f" with sides up to {cfg.max_side}" if cfg.max_side else "") + (f"; give a number up to that with tasks" if last else "; use a larger file for choices"))
+    return last[len(last) - cfg.tasks:]
 
 # %% ../nbs/43_adapting.ipynb #051818dd
 ATTEMPTS = 2   # that ARC allows for each test
@@ -206,6 +214,7 @@ def solve_sets(model: torch.nn.Module, wording: Wording, sets: dict[str, list[Ta
     "Solve every task once."
     every = [(f"{s}-{n:04d}", t) for s, tasks in enumerate(sets.values()) for n, t in enumerate(tasks)]
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    model.eval()   # an adapter that is loaded to be trained would leave numbers out
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     bare.set_attn_implementation(kernel_for(max(wording.longest(t) for _, t in every), on))
     done = {k: json.loads((folder / f"{k}.json").read_text()) for k, _ in every if (folder / f"{k}.json").exists()}
@@ -242,7 +251,7 @@ def figures_of(sets: dict[str, list[Task]], results: dict[str, list[dict]]) -> l
 
 def overlap(log: FitLog | None) -> dict | None:
     "Say for a record what was kept out of training; examples that are solved here are never made."
-    return log and {"policy": "drop", "checked": log.engine["examples"], "exact": 0, "near": 0, "shared_documents": 0, "dropped": log.engine["file_tasks"]["solved"], "allowed": False}
+    return log and {"policy": "drop", "checked": log.engine["examples"], "exact": 0, "near": 0, "shared_documents": 0, "dropped": log.engine["file_tasks"]["solved"], "allowed": False}   # in whatever order; turned or recoloured they count as others
 
 def summary(sets: dict[str, list[Task]], results: dict[str, list[dict]], # after
             before: dict[str, list[dict]] | None = None) -> dict:
@@ -273,4 +282,4 @@ def card(r: Record) -> str: # Markdown
     return "\n".join(["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [embedlab, arc]", "---", f"# {r.run}", "", "A causal language model that solves grid puzzles written as digits: `I`, the input's rows, `O`, the output's rows, for each demonstration, and then the input that is asked about.", "",
         "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "", 'model = AutoModelForCausalLM.from_pretrained("this folder")', "```", "", "## Stages", "", "| run | began from | trained | steps | rate | loss at the end |", "| --- | --- | --- | --- | --- | --- |", *stages, "",
         "## What it reached", "", f"Before is {r.engine['before_is']}; {r.split} split, 95 % intervals." if rows else "Nothing was compared.", "", "| figure | verdict | before | after | difference | tasks |", "| --- | --- | --- | --- | --- | --- |", *rows, "",
-        "## Limits", "", *(["A token's position is its place in the grids, as `embedlab.wording.Wording.positions` gives it, not its number in the text: read otherwise, its answers mean nothing.", ""] if stages and r.engine["stages"][0]["place"] is None else []), f"Texts of up to {r.model['max_tokens']} tokens; two attempts a task, voted on in {r.params['predictions']} forms. One run with seed {r.seed}: another seed gives other figures.", ""])
+        "## Limits", "", *(["A token's position is its place in the grids, as `embedlab.wording.Wording.positions` gives it, not its number in the text: read otherwise, its answers mean nothing.", ""] if r.engine.get("by_place") else []), f"Texts of up to {r.model['max_tokens']} tokens; two attempts a task, voted on in {r.params['predictions']} forms. One run with seed {r.seed}: another seed gives other figures.", ""])

@@ -365,6 +365,13 @@ class SolveConfig(Life):
     @model_validator(mode="after")
     def _solved(self) -> "SolveConfig":
         changed = lambda *names: next((k for k in names if getattr(self, k) != SolveConfig.model_fields[k].default), None)
+        if self.run and self.run in (self.continue_from, self.base): raise ValueError(f"run: '{self.run}' would take the place of the run it begins from; give another name")
+        if not self.steps and (k := changed("lr", "matrix_lr", "schedule", "warmup", "batch_size", "micro_batch", "accumulate", "checks", "stage", "train")): raise ValueError(f"{k}: nothing is trained with steps 0; give steps, or leave {k} out")
+        if not self.test_steps and (k := changed("test_adapter", "test_rank", "test_lr", "test_batch")): raise ValueError(f"{k}: nothing is tuned at test time; give test_steps, or leave {k} out")
+        if self.test_adapter != "new" and changed("test_rank"): raise ValueError("test_rank: this is for test_adapter=new; leave test_rank out")
+        made = "families" in "".join(self.puzzles) or self.steps and "families" in self.train
+        if not made and (k := changed("size", "demos", "families", "held_out")): raise ValueError(f"{k}: no generated task is trained on or solved; leave {k} out, or name families")
+        if self.sample and not [p for p in self.puzzles if not p.startswith("families")]: raise ValueError("sample: nothing is drawn from a file; leave sample out")
         if self.continue_from and changed("base"): raise ValueError(f"base: run '{self.continue_from}' that is continued has its own; leave base out")
         if (self.base != "scratch" or self.continue_from) and (k := changed("width", "layers", "heads")): raise ValueError(f"{k}: this is for a new model (base scratch); base '{self.continue_from or self.base}' has its own")
         if self.width % self.heads or self.width // self.heads % 2: raise ValueError(f"heads: {self.heads} heads can't share a width of {self.width} in equal, even parts; give a divisor of {self.width // 2}")
@@ -376,7 +383,6 @@ class SolveConfig(Life):
         if self.tune == "lora" and self.matrix_lr and changed("matrix_lr"): raise ValueError("matrix_lr: Muon moves the blocks' own matrices, and LoRA's small ones are AdamW's; give lr, or leave matrix_lr out")
         if self.tune != "lora" and (k := changed("lora_rank")): raise ValueError("lora_rank: no adapter is trained; give tune=lora, or test_rank for the adapter of a single task")
         if both := {*self.families} & {*self.held_out}: raise ValueError(f"held_out: {', '.join(sorted(both))} would be trained on; name each family once")
-        if self.steps and "families" not in self.train and self.families and not [p for p in self.puzzles if p.startswith("families")]: raise ValueError("families: none is trained on or solved; leave families out, or name families in train")
         return self
 
 # %% ../nbs/00_config.ipynb #2ead12a9

@@ -59,7 +59,7 @@ class FitLog:
         mean = lambda points: round(sum(v for _, v in points) / len(points), 4) if points else None
         ends = lambda points: (mean(points[:(few := max(1, len(points) // 10))]), mean(points[-few:]))   # means of the first and the last tenth
         first, last = ends(self.loss)
-        return {"chance": round(self.chance, 4), "first_loss": first, "last_loss": last, "by_set": {name: ends(points) for name, points in self.by_set.items()}, "stopped": self.stopped,
+        return {"chance": round(self.chance, 4), "first_loss": first, "last_loss": last, "by_set": {name: ends(points) for name, points in self.by_set.items()}, "stopped": self.stopped, "resumed_from": self.resumed_from,   # of a continued run, seconds and tokens are those of the last process
                 "dev": [(s, round(v, 4)) for s, v in self.dev], "dev_loss": [(s, round(v, 4)) for s, v in self.dev_loss], "warnings": [[s, t] for s, t in self.warnings]}
 
 # %% ../nbs/22_watching.ipynb #ce2a37ae

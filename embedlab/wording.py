@@ -120,7 +120,7 @@ class Wording:
                  ) -> Tensor:                 # (batch, tokens)
         "Say where tokens stand: by place, in whole turns of the fastest head, or one after the other."
         if self.by_place: return 2 * math.pi * places(ids, *(self.ids[c] for c in "IO\n")).float()
-        return ((torch.ones_like(ids) if mask is None else mask).cumsum(1) - 1).clamp(0)
+        return ((torch.ones_like(ids) if mask is None else mask).cumsum(1) - 1).clamp(0, self.limit - 1)   # rows that have ended are written on beside others, and a table of positions has an end
 
     def mark(self, letter: str) -> list[int]: return [self.ids[letter], self.ids["\n"]]
 

@@ -19,7 +19,7 @@ from embedlab.families import FAMILIES, HELD_OUT, SEEN, make_task, make_tasks
 from embedlab.models import machine, weights_hash
 from embedlab.puzzles import Task, grid_text, leave_one_out, load_tasks, text_grid
 from embedlab.records import mark
-from embedlab.solvers import add_adapter, begin, chain_of, fit_solver, fit_solver_once, trained
+from embedlab.solvers import add_adapter, begin, chain_of, fit_solver, fit_solver_once, refuse_learned, trained
 from embedlab.wording import Wording, grid_tokenizer, load_solver, new_solver
 
 TINY = dict(size=4, demos=3, tasks=4, width=32, layers=2, heads=2, steps=8, batch_size=4, lr=3e-3, precision="fp32", predictions=3)
@@ -130,7 +130,7 @@ def test_what_is_solved_is_not_trained_on(tmp_path):
     tasks = make_tasks(["recolour"], 8, 0, 4)
     path = write_tasks(tmp_path / "mine.json", tasks + [Task("more", [tasks[0].tests[0], *tasks[5].demos], tasks[6].tests), Task("open", tasks[7].demos[:1], [(tasks[7].tests[0][0], None)])])
     mine = Examples(cfg.model_copy(update={"train": [str(path)]}), w, tasks[:2])
-    assert (mine.tasks, mine.solved, mine.long) == (6, 4, 0)   # two solved, one that holds a solved pair, one with a single pair
+    assert (mine.tasks, mine.solved, mine.bare, mine.long) == (6, 3, 1, 0)   # two solved and one that holds a solved pair; one with a single pair
     with pytest.raises(InputError, match="none of the 10 tasks of .* is left"): Examples(cfg.model_copy(update={"train": [str(path)]}), w, tasks)
     with pytest.raises(InputError, match="of 1,000 tasks none was shorter than 40 tokens"): Examples(cfg, Wording(grid_tokenizer(), 40))[0]
 
@@ -172,7 +172,7 @@ def test_lora(variant, qwen, home):
 @pytest.mark.parametrize("adapter", ["new", "continued", "none"])
 def test_set_back_between_tasks(adapter, qwen, home):
     "To the last bit, and a task's answers do not depend on those before it; a failed task is counted, and nothing falls back."
-    cfg, on, start, _ = run_stage(home, "one", base=str(qwen), **QWEN | {"test_steps": 4, "test_rank": 4, "test_lr": 0.02, "test_adapter": adapter})
+    cfg, on, start, _ = run_stage(home, "one", base=str(qwen), **QWEN | {"test_steps": 4, "test_lr": 0.02, "test_adapter": adapter} | ({"test_rank": 4} if adapter == "new" else {}))
     model = ready(start, cfg, home / "one", on)
     assert sum(p.numel() for p in trained(model).values()) == {"none": sum(p.numel() for p in model.parameters())}.get(adapter, 2 * 4 * (64 + 48 + 48 + 64))   # blocks, rank, in and out of q, k, v and o
     bits, sets = weights_hash(model), {"toy": make_tasks(["recolour", "flip"], 4, 0, 4)}
@@ -226,7 +226,7 @@ def test_what_was_learned_solves(home, tmp_path):
     rng = np.random.default_rng(0)
     grid = lambda: rng.integers(0, 10, (3, 3)).astype(np.uint8)
     seven = lambda n, k: write_tasks(tmp_path / f"{n}.json", [Task(f"{n}{i}", [(grid(), np.array([[7]], np.uint8)) for _ in range(3)], [(grid(), np.array([[7]], np.uint8))]) for i in range(k)])
-    params = TINY | dict(train=str(seven("some", 20)), puzzles=str(seven("other", 6)), tasks=None, steps=40, lr=1e-2, augment=False, predictions=1)
+    params = {k: v for k, v in TINY.items() if k not in ("size", "demos")} | dict(train=str(seven("some", 20)), puzzles=str(seven("other", 6)), tasks=None, steps=40, lr=1e-2, augment=False, predictions=1)
     cfg = make_config(SolveConfig, **params)
     sets, on, start = puzzle_sets(cfg)[0], machine(cfg), begin(cfg, machine(cfg))
     before = solve_sets(start.model, start.wording, sets, cfg, on, home / "before", tune=False)
@@ -299,6 +299,8 @@ def test_stages_by_name(home):
     base = home / "two" / "model" / "model.safetensors"
     base.write_bytes((home / "one" / "model" / "model.safetensors").read_bytes())
     with pytest.raises(InputError, match="base 'two' is not what the adapter of 'three' was trained beside"): begin(cfg, machine(cfg))
+    other = make_config(SolveConfig, continue_from="three", tune="lora", lora_rank=8, steps=0, test_steps=2, test_adapter="continued")
+    with pytest.raises(InputError, match="test_adapter: three has no trained adapter like this: its rank is 4, alpha .* give lora_rank"): begin(other, machine(other))
     with pytest.raises(InputError, match="run 'none' has no finished training"): begin(cfg.model_copy(update={"continue_from": "none"}), machine(cfg))
 
 
@@ -324,6 +326,30 @@ def test_a_run_from_nothing_and_its_next_stage(papermill):
     assert not (papermill.home / "two" / "model").exists() and r.leaks is None
 
 
+def test_what_an_earlier_stage_has_learned_is_not_solved(home, tmp_path):
+    "A family that a stage was trained on can't be called held out later, nor are a file's own tests solved by who was trained on them, under whatever name the run begins."
+    on, path = machine(make_config(precision="fp32")), write_tasks(tmp_path / "mine.json", make_tasks(["flip", "recolour"], 8, 3, 4))
+    small = TINY | {"steps": 2, "families": "flip,recolour", "precision": "fp32"}
+    cfg = make_config(SolveConfig, **small | {"train": f"families,{path}"})
+    fit_solver_once(begin(cfg, on), cfg, home / "one", [], on, "f", "one")
+    later = {"continue_from": "one", "steps": 0, "precision": "fp32"}, {"base": "one", "steps": 0, "precision": "fp32"}
+    for params in later:
+        for what, said in ({"puzzles": "families:held-out", "held_out": "flip,largest"}, "flip would be called held out, and stage 'one' was trained on it"), ({"puzzles": str(path)}, "stage 'one' was trained on the tests of 8 of 8 tasks of mine"):
+            cfg = make_config(SolveConfig, **params | what)
+            with pytest.raises(InputError, match=said): refuse_learned(cfg, begin(cfg, on), puzzle_sets(cfg)[0])
+    cfg = make_config(SolveConfig, **later[0] | {"puzzles": "families:held-out", "held_out": "largest"})
+    refuse_learned(cfg, begin(cfg, on), puzzle_sets(cfg)[0])
+
+
+def test_dev_and_test_of_a_file_are_apart(tmp_path):
+    path = write_tasks(tmp_path / "mine.json", make_tasks(["flip", "recolour"], 40, 3, 6) + make_tasks(["flip", "recolour"], 40, 4, 4))
+    names = lambda **kw: {t.name for t in puzzle_sets(make_config(SolveConfig, puzzles=str(path), **kw))[0]["mine"]}
+    dev = names(tasks=12, split="dev")
+    for side, n in ((None, 12), (None, 40), (4, 12)): assert len(some := names(tasks=n, max_side=side)) == n and not some & dev, "whatever is left out as too large"
+    assert len(names(tasks=None)) == 80
+    with pytest.raises(InputError, match="split dev takes mine's second half, which has 40 tasks; give a number up to that"): names(tasks=50, split="dev")
+
+
 def test_a_folder_takes_the_same_path(papermill, qwen, tmp_path):
     "A Qwen2 by its folder, on tasks of a file: LoRA, tuning at test time, tasks that can't be encoded listed, too large ones left out and counted."
     tasks = make_tasks(["flip", "recolour"], 4, 3, 4)
@@ -345,13 +371,15 @@ def test_inputs_that_can_not_be_used(tmp_path, qwen, home):
     open_ = write_tasks(tmp_path / "open.json", [replace(task, tests=[(task.tests[0][0], None)])])
     with pytest.raises(InputError, match=r"test\[0\].output: missing, as in 1 of 1 tests; scoring needs solutions"): puzzle_sets(cfg(puzzles=str(open_)))
     one = write_tasks(tmp_path / "one.json", [task])
-    for params, said in [({"puzzles": one, "max_side": 2}, "none of the 1 tasks of one has sides up to 2"), ({"puzzles": one, "split": "dev"}, "tasks must be 0 at most"), ({"puzzles": f"{one},{one}"}, "one is named twice"),
+    for params, said in [({"puzzles": one, "max_side": 2}, "none of the 1 tasks of one has sides up to 2"), ({"puzzles": one, "split": "dev"}, "second half, which has 1 tasks; give a number"), ({"puzzles": f"{one},{one}"}, "two sets are called one"), ({"puzzles": "families:heldout"}, "families:heldout' is no part of the families; there are families:seen and families:held-out"),
                          ({"puzzles": "nowhere"}, "no such file or folder"), ({"families": "flop"}, "family 'flop' is not known"), ({"families": ",".join(FAMILIES)}, "families:held-out has no families left"), ({"tasks": None}, "give a number with tasks")]:
         with pytest.raises(InputError, match=said): puzzle_sets(cfg(**{k: str(v) if k == "puzzles" else v for k, v in params.items()}))
+    with pytest.raises(InputError, match="matrix_lr: Muon moves matrices of a model that was made here"): begin(make_config(SolveConfig, base=str(qwen), matrix_lr=0.01), on)
     for params, said in [({"base": str(qwen), "max_tokens": 5000}, "max_tokens 5000 is more than the 600 tokens"), ({"base": str(tmp_path)}, "no weights in this folder"), ({"base": "/none"}, "no such folder")]:
         with pytest.raises(InputError, match=said): begin(make_config(SolveConfig, **params), on)
     with pytest.raises(InputError, match="no linear layer is called 'query'"): begin(make_config(SolveConfig, base=str(qwen), tune="lora", lora_targets="query"), on)
     for params, said in [({"tune": "lora"}, "tune: LoRA beside weights that are random"), ({"base": "x", "width": 64}, "width: this is for a new model"), ({"continue_from": "a", "base": "b"}, "base: run 'a'"), ({"stage": "continued"}, "stage: there is no run"),
                          ({"test_steps": 1, "test_adapter": "continued"}, "test_adapter: there is no trained adapter"), ({"test_steps": 1, "demos": 1}, "demos: tuning at test time"), ({"lora_dora": True}, "lora_dora: no adapter is trained"), ({"heads": 3}, "heads: 3 heads can't share"),
-                         ({"continue_from": "a", "tune": "lora", "matrix_lr": 0.01}, "matrix_lr: Muon moves"), ({"families": "flip", "held_out": "flip"}, "held_out: flip would be trained on"), ({"warmup": 1.5}, "warmup: below 1 it is a share")]:
+                         ({"continue_from": "a", "tune": "lora", "matrix_lr": 0.01}, "matrix_lr: Muon moves"), ({"run": "a", "continue_from": "a"}, "run: 'a' would take the place of the run it begins from"), ({"steps": 0, "lr": 1e-4}, "lr: nothing is trained with steps 0"),
+                         ({"test_lr": 1e-4}, "test_lr: nothing is tuned at test time"), ({"test_steps": 1, "test_adapter": "none", "test_rank": 4}, "test_rank: this is for test_adapter=new"), ({"sample": 3}, "sample: nothing is drawn from a file"), ({"puzzles": "x", "train": "y", "size": 4}, "size: no generated task"), ({"families": "flip", "held_out": "flip"}, "held_out: flip would be trained on"), ({"warmup": 1.5}, "warmup: below 1 it is a share")]:
         with pytest.raises(InputError, match=said): make_config(SolveConfig, **params)
