@@ -202,7 +202,7 @@ class Engine(Guarded, SentenceTransformerTrainer):
     "Run sentence-transformers' trainer on our batches, with our checkpoints, watching every step."
     def __init__(self, *args, data: Pairs, batches: Batches, cfg: RunConfig, fingerprint: str, about: dict, **kw):
         self.guard(cfg, fingerprint, about)
-        self.data, self.batches, self.keep, self.tokens, self.by_set = data, batches, cfg.keep, 0, {}   # tokens trained on; each set's losses since the last entry of the log
+        self.data, self.batches, self.keep, self.tokens, self.by_set, self.regular = data, batches, cfg.keep, 0, {}, []   # tokens trained on; each set's losses since the last entry of the log, and a regulariser's
         super().__init__(*args, train_dataset=data, **kw)
         self.average, self.mine_again = Average(self.model, cfg.ema) if cfg.ema else None, None
         of = dict(zip(cfg.train, cfg.set_lr))
@@ -239,7 +239,9 @@ class Engine(Guarded, SentenceTransformerTrainer):
             for g in self.optimizer.param_groups: g["lr"] *= pace   # for this step: the schedule sets it anew afterwards
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.tokens += int(self.data.tokens[inputs["rows"]].sum())
-        if len(self.data.scores) > 1: self.by_set.setdefault(self.batches.names[self.data.set_of(inputs["rows"])], []).append(loss * self.current_gradient_accumulation_steps)
+        beside = getattr(self.loss, "isotropy", None)   # then the task's own loss is what is held against chance
+        if len(self.data.scores) > 1 or beside: self.by_set.setdefault(self.batches.names[self.data.set_of(inputs["rows"])], []).append(self.loss.task if beside else loss * self.current_gradient_accumulation_steps)
+        if beside: self.regular.append(beside.seen)
         return loss
 
     def _halved(self) -> int:
@@ -249,6 +251,7 @@ class Engine(Guarded, SentenceTransformerTrainer):
         return half
 
     def log(self, logs, start_time=None):
+        if "loss" in logs and self.regular: logs, self.regular = logs | {"regulariser": float(torch.stack(self.regular).mean())}, []
         if "loss" in logs: logs, self.by_set = logs | {OF_SET + n: float(torch.stack(x).mean()) for n, x in sorted(self.by_set.items())}, {}
         if "learning_rate" in logs and self.head_rate is not None: logs = logs | {"head_learning_rate": self.head_rate}
         return super().log(logs, start_time)

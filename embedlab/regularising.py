@@ -91,6 +91,7 @@ class IsotropyLoss(nn.Module):
     def beside(self, task: Tensor, embeddings: list[Tensor]) -> Tensor:
         "Put the regulariser beside the loss of a task that saw the same embeddings."
         of_kind, spread = self.terms(embeddings)
+        self.seen = (of_kind if self.kind else spread).detach()
         return (weighed(task, of_kind, self.weight, self.convex) if self.kind else task) + self.std_weight * spread
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:

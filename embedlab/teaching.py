@@ -70,7 +70,7 @@ class TrainingLoss(ContrastiveLoss):
         else: loss = super().calculate_loss([[c] for c in columns], labels)
         if self.target is not None: loss = loss + self.teacher_weight * torch.stack([distil(torch.cat(columns)[:, :w], self.target) for w in widths]).mean()
         if self.balance: loss = loss + self.balance * self.uneven
-        if self.isotropy: loss = self.isotropy.beside(loss, columns)
+        if self.isotropy: self.task = loss.detach(); loss = self.isotropy.beside(loss, columns)
         if with_backward: loss.backward()
         return loss.detach() if with_backward else loss
 

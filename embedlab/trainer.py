@@ -198,7 +198,7 @@ def _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, re
     batches = Batches(codes, cfg.batch_size, cfg.seed, cfg.mix, cfg.mix_temperature, data.lengths, cfg.sort_window, [s.name for s in sets])
     steps = planned_steps(len(batches), cfg)
     columns = max(len(c) for c in data.columns)
-    log = FitLog(steps=steps, chance=0.0 if cfg.teacher or cfg.isotropy or cfg.std_weight or columns < 2 or any(s is not None for s in data.scores) else chance_level(cfg.batch_size, columns - 1), batch=cfg.batch_size, resumed_from=step_of(resume) if resume else None)
+    log = FitLog(steps=steps, chance=0.0 if cfg.teacher or columns < 2 or any(s is not None for s in data.scores) else chance_level(cfg.batch_size, columns - 1), batch=cfg.batch_size, resumed_from=step_of(resume) if resume else None)
     loss = TrainingLoss(model, cfg.temperature, data.known.tolist() if cfg.guard else None, cfg.matryoshka, about(resume)["micro_batch"] if resume else cfg.micro_batch, gather=cfg.processes > 1,
                         teacher_weight=cfg.teacher_weight if cfg.teacher else 0.0, balance=cfg.balance, score_temperature=cfg.score_temperature, isotropy=_regulariser(model, cfg), similarity=cfg.similarity)
     tester = _Dev(dev, on, limit, cfg)

@@ -32,7 +32,8 @@ class FitLog:
     "Hold what happened during training, step by step."
     steps: int = 0
     loss: Points = field(default_factory=list)      # step and loss (mean since the last entry)
-    by_set: dict[str, Points] = field(default_factory=dict) # the same for each training set, where there are several
+    by_set: dict[str, Points] = field(default_factory=dict) # the same for each training set, where there are several; beside a regulariser, of the task alone
+    regular: Points = field(default_factory=list)   # the same of a regulariser, unweighed
     rate: Points = field(default_factory=list)      # step and learning rate the optimiser used
     head_rate: Points = field(default_factory=list) # the same for a new head's own weights
     dev: Points = field(default_factory=list)       # step and dev score: the mean of each set's leading metric
@@ -50,7 +51,7 @@ class FitLog:
     engine: dict = field(default_factory=dict)      # what ran, read off the live objects
 
     def __post_init__(self):
-        for name in ("loss", "rate", "head_rate", "dev", "norm", "dev_loss", "warnings"):   # JSON knows lists only
+        for name in ("loss", "regular", "rate", "head_rate", "dev", "norm", "dev_loss", "warnings"):   # JSON knows lists only
             setattr(self, name, [tuple(p) for p in getattr(self, name)])
         self.by_set = {name: [tuple(p) for p in points] for name, points in self.by_set.items()}
 
@@ -59,7 +60,7 @@ class FitLog:
         mean = lambda points: round(sum(v for _, v in points) / len(points), 4) if points else None
         ends = lambda points: (mean(points[:(few := max(1, len(points) // 10))]), mean(points[-few:]))   # means of the first and the last tenth
         first, last = ends(self.loss)
-        return {"chance": round(self.chance, 4), "first_loss": first, "last_loss": last, "by_set": {name: ends(points) for name, points in self.by_set.items()}, "stopped": self.stopped, "resumed_from": self.resumed_from,   # of a continued run, seconds and tokens are those of the last process
+        return {"chance": round(self.chance, 4), "first_loss": first, "last_loss": last, "by_set": {name: ends(points) for name, points in self.by_set.items()}, "regulariser": ends(self.regular), "stopped": self.stopped, "resumed_from": self.resumed_from,   # of a continued run, seconds and tokens are those of the last process
                 "dev": [(s, round(v, 4)) for s, v in self.dev], "dev_loss": [(s, round(v, 4)) for s, v in self.dev_loss], "warnings": [[s, t] for s, t in self.warnings]}
 
 # %% ../nbs/22_watching.ipynb #ce2a37ae
@@ -153,6 +154,7 @@ def draw_loss(ax: Axes, log: FitLog):
     "Draw training and validation loss beside chance, with a line where a warning was given."
     for i, (name, points) in enumerate((log.by_set or {"training": log.loss}).items()):
         if points: ax.plot(*zip(*points), lw=1, color=LINES[i % len(LINES)], label=name, **(dict(marker="o", ms=3) if len(points) <= 30 else {}))
+    if log.regular: ax.plot(*zip(*log.regular), lw=1, ls="--", color="C7", label="regulariser, unweighed")
     if log.dev_loss: ax.plot(*zip(*log.dev_loss), "o-", ms=4, color="C3", label="validation")
     if log.chance: ax.axhline(log.chance, ls=":", color="0.4", label="chance")
     for step in sorted({s for s, _ in log.warnings}):
@@ -189,7 +191,7 @@ class LiveCurve:
         if self.shown: self.shown.update(HTML(""))
 
 # %% ../nbs/22_watching.ipynb #cb28bc96
-SERIES = {"loss": "loss", "learning_rate": "rate", "head_learning_rate": "head_rate", "grad_norm": "norm", "eval_dev": "dev", "eval_accuracy": "dev", "eval_loss": "dev_loss"}   # the trainer's names and ours
+SERIES = {"loss": "loss", "regulariser": "regular", "learning_rate": "rate", "head_learning_rate": "head_rate", "grad_norm": "norm", "eval_dev": "dev", "eval_accuracy": "dev", "eval_loss": "dev_loss"}   # the trainer's names and ours
 OF_SET = "loss/"   # before a training set's name, the trainer's name for its loss
 
 class Watch(TrainerCallback):

@@ -30,6 +30,7 @@ VARIANTS = {
     "plain": {},
     "lora, two sets, accumulation, early stopping": dict(tune="lora", lora_rank=4, lora_dropout=0.1, accumulate=2, patience=3, checks=8, final="best", mix="temperature"),
     "average, micro-batches, head, Matryoshka": dict(ema=0.9, micro_batch=2, head=16, matryoshka=[8], head_lr=5e-3, schedule="cosine"),
+    "SIGReg and a head that keeps its length": dict(isotropy="sigreg", isotropy_slices=16, head=16, unit_length=False, similarity="euclidean", temperature=1.0),
     "negatives mined anew": dict(negatives=2, mine_from=1, mine_to=30, remine=True, epochs=3)}
 SERVER = multiprocessing.get_context("forkserver")   # children are real processes, forked from one that has only imported
 SERVER.set_forkserver_preload(["embedlab.trainer", "embedlab.collections"])
@@ -63,7 +64,7 @@ def run(folder, *args) -> dict:
     return json.loads(Path(folder).with_suffix(".json").read_text())
 
 
-SAME = ("weights", "loss", "by_set", "norm", "dev", "dev_loss", "rate", "stopped", "engine", "micro_batch")
+SAME = ("weights", "loss", "by_set", "regular", "norm", "dev", "dev_loss", "rate", "stopped", "engine", "micro_batch")
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def killed_and_continued(tmp_path, model, data, settings, times: int, seed: int 
     return lines
 
 
-@pytest.mark.parametrize("name, times", [*zip(VARIANTS, (3, 3, 1, 1))])
+@pytest.mark.parametrize("name, times", [*zip(VARIANTS, (3, 3, 1, 1, 1))])
 def test_killed(name, times, tmp_path, tiny_model, two):
     lines = killed_and_continued(tmp_path, tiny_model, two if "sets" in name else two[:1], VARIANTS[name], times, seed=len(name))
     assert all("equal" in x for x in lines), "\n".join(lines)

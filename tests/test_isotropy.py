@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from embedlab.collections import training_sets
 from embedlab.config import InputError, make_config
 from embedlab.isotropy import figures, measure, spectrum
 from embedlab.models import load_model
 from embedlab.regularising import KINDS, IsotropyLoss, sigreg
 from embedlab.teaching import TrainingLoss
-from embedlab.trainer import _regulariser
+from embedlab.trainer import _regulariser, fit
 from embedlab.tuning import add_head
 
 WORKER = """
@@ -117,6 +118,22 @@ def test_the_task_and_the_regulariser_see_the_same_embeddings():
     both = TrainingLoss(model, isotropy=regulariser)
     assert both.calculate_loss([[c] for c in columns]) == pytest.approx(0.7 * task.item() + 0.3 * regulariser.terms(columns)[0].item(), rel=1e-5)
     assert both.calculate_loss([[c[:4], c[4:]] for c in columns]) == pytest.approx(both.calculate_loss([[c] for c in columns]).item(), rel=1e-6), "a batch in pieces is the same batch"
+
+
+def test_a_run_logs_task_and_regulariser_apart_and_starts_them_alike(tiny_model, toy, tmp_path):
+    "With a regulariser or without, a head's embeddings start with a spread of 1, so that the first batch's task loss is the same; what is held against chance is that one."
+    logs = {}
+    for name, more in {"baseline": {}, "isotropic": dict(isotropy="sigreg", isotropy_form="added", isotropy_weight=1.0), "spread": dict(std_weight=0.1)}.items():
+        cfg = make_config(batch_size=8, max_steps=3, head=16, head_hidden=48, unit_length=False, similarity="euclidean", temperature=1.0, precision="fp32", dropout=0.0, checks=1, lr=1e-4, **more)
+        model = load_model(str(tiny_model))
+        logs[name] = fit(model, training_sets([str(toy)]), cfg, tmp_path / name, [])
+        assert np.std(model.encode(["a text", "another one", "and a third"])) > 0.3, "embeddings as they come"
+    base, pushed, spread = logs.values()
+    (_, task), = [points[0] for points in pushed.by_set.values()]
+    assert task == pytest.approx(base.loss[0][1], rel=1e-4) and not base.by_set and not base.regular
+    assert pushed.loss[0][1] == pytest.approx(task + pushed.regular[0][1], rel=1e-4) and len(pushed.regular) == 3
+    assert spread.regular[0][1] < 0.1, "a standard deviation of 1, about"
+    assert pushed.chance == base.chance > 0 and pushed.course()["regulariser"][0] == pytest.approx(pushed.regular[0][1], abs=1e-3)
 
 
 def test_figures_of_a_model_that_broke():
