@@ -8,7 +8,8 @@ from bs4 import BeautifulSoup
 from nbclient import NotebookClient
 
 from conftest import ROOT
-from embedlab.comparison import read_outputs
+from embedlab.comparison import CompareConfig, compare_runs, read_outputs
+from embedlab.config import make_config
 from embedlab.records import read_record
 
 LABS = sorted(ROOT.glob("nbs/labs/*.ipynb"))
@@ -53,7 +54,7 @@ def test_scratch_shows_its_runs():
 
 
 def test_ranksaga_shows_its_runs():
-    "Scores, gains and verdicts of the final runs, worked out again from the records; what is claimed has three seeds, each scored on test once."
+    "Scores, gains and verdicts of the final runs, worked out again from the records; what is claimed has five seeds, each scored on test once, and the verdicts shown are those of the comparison made anew."
     page = ROOT / "nbs/labs/000_ranksaga.ipynb"
     shown = [row for t in tables(page) for row in t if row.get("run", "").startswith(("ranksaga-final", "ranksaga-last"))]
     name = lambda row: re.sub(r"-s\d+$", "", row["run"].split()[0])
@@ -62,7 +63,10 @@ def test_ranksaga_shows_its_runs():
         figures = [read_record(p).after[key] for p in sorted(ROOT.glob(f"runs/{name(row)}-s*.ipynb"))]
         assert row["score"].startswith(f"{np.mean(figures):.3f}"), row
     records = [read_record(p) for p in sorted(ROOT.glob("runs/ranksaga-last-advanced-s*.ipynb"))]
-    assert len(records) == 3 and {r.params["preset"] for r in records} == {"ranksaga/advanced"} and {r.tested_before for r in records} == {0} and {r.split for r in records} == {"test"} and not any(r.leaks["allowed"] for r in records)
+    assert len(records) == 5 and {r.params["preset"] for r in records} == {"ranksaga/advanced"} and {r.tested_before for r in records} == {0} and {r.split for r in records} == {"test"} and not any(r.leaks["allowed"] for r in records)
+    c = compare_runs(make_config(CompareConfig, runs=["ranksaga-last-advanced-s?"]))
+    verdicts = {x.set: x.verdict for x in c.rows}
+    assert verdicts == {row["set"].split("/")[0]: row["verdict"] for row in shown if row["run"].startswith("ranksaga-last-advanced (5")} and {k for k, v in verdicts.items() if v == "better"} == {"scifact", "pydocs"} and "worse" not in verdicts.values()
     gain = np.mean([np.mean([r.after[k] for r in records]) / records[0].before[k] - 1 for k in ("scifact/ndcg@10", "pydocs/ndcg@10")])
     text = "".join(o.get("text", "") for c in nbformat.read(page, 4).cells if c.cell_type == "code" for o in c.outputs)
     assert f"mean relative gain on SciFact and pydocs: {gain:+.1%}" in text
