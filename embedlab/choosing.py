@@ -117,7 +117,7 @@ class Together(nn.Module):
     def batch(self, rows: list[tuple]) -> dict:
         n = max(len(o) for _, o, *_ in rows)
         pairs = [(parts_of(q, self.cfg)[0], t) for q, o, *_ in rows for t in o]
-        pairs = self.tokenizer([q for q, _ in pairs], [t for _, t in pairs], padding=True, truncation=True, max_length=min(self.cfg.max_tokens or self.tokenizer.model_max_length, self.body.config.max_position_embeddings), return_tensors="pt")
+        pairs = self.tokenizer([q for q, _ in pairs], [t for _, t in pairs], padding=True, truncation=True, max_length=min(self.cfg.max_tokens or self.tokenizer.model_max_length, getattr(self.body.config, "max_position_embeddings", 512)), return_tensors="pt")
         return {"labels": torch.tensor([a for *_, a, _ in rows]), "there": torch.tensor([[k < len(o) for k in range(n)] for _, o, *_ in rows]), "pairs": dict(pairs)}
 
     def forward(self, there: Tensor,  # (questions, options) False beyond a question's last
@@ -245,6 +245,7 @@ def folds(q: Questions, cfg: ChooseConfig) -> list[Fold]:
 def places(q: Questions, cfg: ChooseConfig) -> list[int]:
     "List the questions that a run judges, in their order."
     if cfg.method == "ensemble": return [*member(cfg.members[0]).engine["judged"]]
+    if cfg.method in ("zero-shot", "first", "longest") and cfg.split == "test" and not cfg.only: return [*range(len(q))]   # no folds, which not every file can be cut into
     return np.sort(np.concatenate([f.judged for f in folds(q, cfg)])).tolist()
 
 def chance(q: Questions) -> float: # accuracy of a blind guess

@@ -115,8 +115,11 @@ def chain_of(run: str) -> list[dict]:
 
 def refuse_learned(cfg: SolveConfig, start: Start, sets: dict[str, list[Task]]):
     "Stop where an earlier stage was trained on what is to be solved: on a family that is called held out, or on a file's very pairs."
-    own = runs_folder() / cfg.base / "chain.json"
-    for stage in start.chain or (json.loads(own.read_text()) if cfg.base != "scratch" and own.is_file() else []):
+    stages, place = [*start.chain], start.chain[0]["place"] if start.chain else cfg.base
+    while place and (own := runs_folder() / place / "chain.json").is_file():   # the first stage may have begun from a run by its name
+        stages += (earlier := json.loads(own.read_text()))
+        place = earlier[0]["place"]
+    for stage in stages:
         for name, tasks in sets.items():
             if both := {t.family for t in tasks} & {*stage.get("families", ())} if name == "families:held-out" else (): raise InputError(f"held_out: {', '.join(sorted(both))} would be called held out, and stage '{stage['run']}' was trained on it; name families that no stage has seen")
             known = {*stage.get("pairs", ())}

@@ -240,5 +240,6 @@ def test_questions_whose_answers_are_everybodys_options(tmp_path):
     (tmp_path / "q.json").write_text(json.dumps([{"question": f"is {n} odd?", "options": ["yes", "no"], "answer": ["no", "yes"][n % 2]} for n in range(9)]))
     q = read_questions(tmp_path / "q.json")
     with pytest.raises(InputError, match="each one's answer is an option of others, as yes and no are"): folds_of(q)
+    assert places(q, make_config(ChooseConfig)) == [*range(9)], "what is not trained needs no folds"
     (tmp_path / "q.json").write_text(json.dumps([{"question": f"{n}?", "options": [f"word{n}", "none of these"], "answer": 0} for n in range(9)]))
     with pytest.raises(InputError, match="no question is left to train on; give strict=False"): folds(read_questions(tmp_path / "q.json"), make_config(ChooseConfig, method="bi-encoder", strict=True, hold_out=False))

@@ -229,7 +229,9 @@ def test_what_was_learned_solves(home, tmp_path):
     params = {k: v for k, v in TINY.items() if k not in ("size", "demos")} | dict(train=str(seven("some", 20)), puzzles=str(seven("other", 6)), tasks=None, steps=40, lr=1e-2, augment=False, predictions=1)
     cfg = make_config(SolveConfig, **params)
     sets, on, start = puzzle_sets(cfg)[0], machine(cfg), begin(cfg, machine(cfg))
+    start.model.train()
     before = solve_sets(start.model, start.wording, sets, cfg, on, home / "before", tune=False)
+    assert not start.model.training, "measured without dropout"
     _, _, start, _ = run_stage(home, "one", **params)
     after = solve_sets(start.model, start.wording, sets, cfg, on, home / "after", tune=False)
     assert [figures_of(sets, x)[0].mean() for x in (before, after)] == [0, 1] and after["other"][0]["attempts"] == [[["7", 1]]]
@@ -337,8 +339,17 @@ def test_what_an_earlier_stage_has_learned_is_not_solved(home, tmp_path):
         for what, said in ({"puzzles": "families:held-out", "held_out": "flip,largest"}, "flip would be called held out, and stage 'one' was trained on it"), ({"puzzles": str(path)}, "stage 'one' was trained on the tests of 8 of 8 tasks of mine"):
             cfg = make_config(SolveConfig, **params | what)
             with pytest.raises(InputError, match=said): refuse_learned(cfg, begin(cfg, on), puzzle_sets(cfg)[0])
+    cfg = make_config(SolveConfig, base="one", steps=2, families="border", precision="fp32", batch_size=4)
+    fit_solver_once(begin(cfg, on), cfg, home / "two", [], on, "f", "two")
+    cfg = make_config(SolveConfig, continue_from="two", steps=0, puzzles="families:held-out", held_out="flip", precision="fp32")
+    with pytest.raises(InputError, match="stage 'one' was trained on it"): refuse_learned(cfg, begin(cfg, on), puzzle_sets(cfg)[0])   # two stages back, by another way
     cfg = make_config(SolveConfig, **later[0] | {"puzzles": "families:held-out", "held_out": "largest"})
     refuse_learned(cfg, begin(cfg, on), puzzle_sets(cfg)[0])
+
+
+def test_positions_end_where_their_table_ends(qwen):
+    model, wording = load_solver(str(qwen))
+    assert wording.positions(torch.zeros(1, wording.limit + 5, dtype=torch.long)).max() == wording.limit - 1, "rows that have ended are written on beside others"
 
 
 def test_dev_and_test_of_a_file_are_apart(tmp_path):
