@@ -55,6 +55,10 @@ class FitLog:
             setattr(self, name, [tuple(p) for p in getattr(self, name)])
         self.by_set = {name: [tuple(p) for p in points] for name, points in self.by_set.items()}
 
+    @property
+    def task(self) -> Points: # the loss without what a regulariser adds
+        return sorted(p for points in self.by_set.values() for p in points) if self.regular else self.loss
+
     def course(self) -> dict:
         "Sum up for a record how training went."
         mean = lambda points: round(sum(v for _, v in points) / len(points), 4) if points else None
@@ -117,7 +121,7 @@ def overfit(log: FitLog) -> str | None:
     "Notice a loss on held-out pairs that is far above the one on the pairs trained on."
     if not log.dev_loss: return None
     (step, held), before = log.dev_loss[-1], log.dev_loss[-2][0] if len(log.dev_loss) > 1 else 0
-    seen = [x for s, x in log.loss if before < s <= step]
+    seen = [x for s, x in log.task if before < s <= step]
     if not seen or held - (trained := np.mean(seen)) <= AHEAD: return None
     return (f"validation loss {held:.2f} at step {step} is {held - trained:.2f} above the training loss of {trained:.2f}; "
             "train for fewer epochs (or final=best with patience), lower lr, or give more pairs")
@@ -133,7 +137,7 @@ def at_chance(log: FitLog) -> str | None:
     if held and held[0][1] > log.chance:
         return f"validation loss {held[0][1]:.2f} at step {held[0][0]} is above {level}; lower lr, and look whether the pairs belong together"
     if not log.loss or log.loss[-1][0] < log.steps / 4: return None
-    mean = np.mean(_quarter(log.loss, log.loss[-1][0], log.steps))
+    mean = np.mean(_quarter(log.task, log.loss[-1][0], log.steps))
     if mean <= NEAR * log.chance: return None
     return (f"the loss at step {log.loss[-1][0]}, {mean:.2f}, is no better than {level}; "
             "try another lr (about 2e-5 to 1e-4 for a pretrained encoder, 1e-4 to 1e-3 for one from nothing), and look whether the pairs belong together")
