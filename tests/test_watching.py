@@ -293,7 +293,7 @@ def test_the_finished_picture_shows_norms_and_warnings(tmp_path):
 def test_a_regulariser_is_no_part_of_what_is_held_against_chance():
     "The sum is above chance and the task far below it; a task that is at chance is still found, whatever the regulariser."
     steps = range(1, 41)
-    made = lambda task: FitLog(steps=40, chance=2.77, loss=[(s, task + 1.6) for s in steps], by_set={"pydocs": [(s, task) for s in steps]}, regular=[(s, 1.6) for s in steps], dev_loss=[(20, task), (40, task + 0.1)])
+    made = lambda task: FitLog(steps=40, chance=2.77, loss=[(s, task + 1.6) for s in steps], by_set={"pydocs": [(s, task) for s in steps]}, regular=[(s, 1.6) for s in steps], dev_loss=[(20, task), (40, task)])
     assert at_chance(made(1.5)) is None and "no better than" in at_chance(made(2.75)) and overfit(made(1.5)) is None
     worse = made(0.5); worse.dev_loss = [(20, 0.6), (40, 2.7)]
     assert "above the training loss of 0.50" in overfit(worse)
