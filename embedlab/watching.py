@@ -63,9 +63,11 @@ class FitLog:
         "Sum up for a record how training went."
         mean = lambda points: round(sum(v for _, v in points) / len(points), 4) if points else None
         ends = lambda points: (mean(points[:(few := max(1, len(points) // 10))]), mean(points[-few:]))   # means of the first and the last tenth
+        some = lambda points: [(s, float(f"{v:.3g}")) for s, v in dict.fromkeys([*points[::max(1, len(points) // 40)], *points[-1:]])]   # enough to see a schedule by
         first, last = ends(self.loss)
         return {"chance": round(self.chance, 4), "first_loss": first, "last_loss": last, "by_set": {name: ends(points) for name, points in self.by_set.items()}, "regulariser": ends(self.regular), "stopped": self.stopped, "resumed_from": self.resumed_from,   # of a continued run, seconds and tokens are those of the last process
-                "dev": [(s, round(v, 4)) for s, v in self.dev], "dev_loss": [(s, round(v, 4)) for s, v in self.dev_loss], "warnings": [[s, t] for s, t in self.warnings]}
+                "dev": [(s, round(v, 4)) for s, v in self.dev], "dev_loss": [(s, round(v, 4)) for s, v in self.dev_loss], "warnings": [[s, t] for s, t in self.warnings],
+                "rate": some(self.rate), "head_rate": some(self.head_rate)}
 
 # %% ../nbs/22_watching.ipynb #ce2a37ae
 def chance_level(batch: int,       # pairs in a contrastive batch

@@ -136,6 +136,15 @@ def test_a_run_logs_task_and_regulariser_apart_and_starts_them_alike(tiny_model,
     assert pushed.chance == base.chance > 0 and pushed.course()["regulariser"][0] == pytest.approx(pushed.regular[0][1], abs=1e-3)
 
 
+def test_a_record_holds_the_rates_that_the_optimiser_used(tiny_model, toy, tmp_path):
+    "The warm-up counts optimiser steps, for the base and for the head: the fault that let guide 001's runs stay at a tenth of their rate shows in the record."
+    cfg = make_config(batch_size=8, max_steps=8, epochs=50, head=16, lr=1e-5, head_lr=5e-4, warmup=4, schedule="constant", precision="fp32", dropout=0.0, checks=1)
+    course = fit(load_model(str(tiny_model)), training_sets([str(toy)]), cfg, tmp_path, []).course()
+    for points, peak in ((course["rate"], 1e-5), (course["head_rate"], 5e-4)):
+        assert [s for s, _ in points] == [*range(1, 9)]
+        assert [v for _, v in points] == pytest.approx([peak * min(1, s / 4) for s in range(8)], rel=1e-2, abs=1e-12)
+
+
 def test_figures_of_a_model_that_broke():
     x = np.ones((8, 4)); x[3, 1] = np.nan
     with pytest.raises(InputError, match="1 of 8 embeddings are not finite"): spectrum(x)
