@@ -165,7 +165,7 @@ def estimate(cfg: RunConfig,
     steps, tokens = _planned(cfg, p, model)
     seconds["training"] = log.seconds / log.tokens * tokens * steps
     seconds["checks on dev"] = (cfg.checks + 1) * _encoding(model, [x for s in p.choosing for x in _texts(s)], on)
-    seconds["after"] = _encoding(model, measured, on)
+    seconds["after"] = _encoding(model, measured, on) if cfg.tune != "head" or cfg.token_weights or cfg.lexical_dims else 0.0   # a frozen encoder has read them all
     seconds["intervals, plots and the like"] = REST
     kept_ = cfg.checks if "every" in cfg.keep else min(cfg.checks, 3) + 1   # one more while it is written
     stays = 4 * sum(x.numel() for x in model.parameters())

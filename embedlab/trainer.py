@@ -70,7 +70,7 @@ class _Dev(SentenceEvaluator):
         short, model.max_seq_length = model.max_seq_length, self.limit
         try:
             with self.average.in_place() if self.average else contextlib.nullcontext():
-                scores = evaluate(model, self.sets, self.on, similarity=self.cfg.similarity, cache=False)
+                scores = evaluate(model, self.sets, self.on, similarity=self.cfg.similarity, cache=self.cfg.tune == "head")   # else it has moved since
         finally: model.max_seq_length = short
         losses = [dev_loss(s, d, self.cfg.batch_size, self.cfg.temperature, self.cfg.similarity) for s, d in zip(scores, self.sets) if isinstance(d, Retrieval)]
         return {"dev": float(np.mean([s.mean() for s in scores]))} | ({"loss": float(np.mean(losses))} if losses else {})

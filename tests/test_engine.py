@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,8 @@ from embedlab import engine
 from embedlab.checkpoints import SEAL, checkpoints, fault_of, last_checkpoint, step_of
 from embedlab.collections import TrainingSet, training_sets
 from embedlab.config import InputError, RunConfig, make_config
+from embedlab.encoding import unit
+from embedlab.evaluation import evaluate
 from embedlab.losses import ContrastiveLoss
 from embedlab.models import load_model, weights_hash
 from embedlab.trainer import Interrupted, fit, fit_once
@@ -371,13 +374,19 @@ def test_the_rates_are_the_schedule(here):
 
 
 @pytest.mark.parametrize("tune", ["head", "all"])
-def test_a_frozen_encoder_is_shown_not_to_have_moved(tiny_model, two, tmp_path, tune):
+def test_a_frozen_encoder_is_shown_not_to_have_moved(tiny_model, two, tmp_path, tune, monkeypatch):
     sets = training_sets([str(two[0])])
     cfg = make_config(**BASE | {"train": [str(two[0])], "max_steps": 3, "tune": tune, "head": 16})
     model, log = fit_once(load_model(str(tiny_model)), sets, cfg, tmp_path / tune, [sets[0].dev], "x")
     h = log.engine["encoder_sha256"]
     assert h["before"] == weights_hash(load_model(str(tiny_model))[0]) and h["after"] == weights_hash(model[0])
     assert (h["before"] == h["after"]) == (tune == "head")
+    if tune == "head":   # so that what the base has encoded is not encoded again: the head is all that differs
+        monkeypatch.setenv("EMBEDLAB_CACHE", str(tmp_path))
+        base = evaluate(load_model(str(tiny_model)), [sets[0].dev], cache=True)[0]
+        after = evaluate(model, [sets[0].dev], cache=True)[0]
+        assert base.encoded > 0 == after.encoded and not np.array_equal(base.d, after.d)
+        assert np.allclose(after.d, unit(model.encode([*sets[0].dev.documents.values()], prompt=(model.prompts or {}).get("document"))), atol=1e-2)
 
 
 def test_each_set_has_its_own_rate(tiny_model, two, tmp_path):
