@@ -56,11 +56,13 @@ class BiEncoder(nn.Module):
     def __init__(self, model, cfg: ChooseConfig, on: Machine):
         super().__init__()
         self.model, self.cfg, self.head, self.on = model, cfg, None, replace(on, bf16=False)   # near ties are decided in float32
+        self.vectors, self.cache = {} if cfg.tune in ("head", "parts") or cfg.method == "zero-shot" else None, None   # of texts that were read, where the encoder stays as it is
+        self.register_buffer("middle", torch.zeros(model.get_embedding_dimension()))
         self.ask, self.tell = ((model.prompts or {}).get(k) or "" for k in ("query", "document"))
         if cfg.tune == "head":
-            self.head, self.vectors = nn.Linear(model.get_embedding_dimension(), model.get_embedding_dimension(), bias=False), {}
+            self.head = nn.Linear(model.get_embedding_dimension(), model.get_embedding_dimension(), bias=False)
             nn.init.eye_(self.head.weight)
-            model.requires_grad_(False)
+        if self.vectors is not None: model.requires_grad_(False)
         self.weights = nn.Parameter(torch.tensor(PARTS if cfg.clauses else (1.0,)), requires_grad=cfg.clauses)
 
     def batch(self, rows: list[tuple]) -> dict: # from `rows_of`
@@ -72,18 +74,25 @@ class BiEncoder(nn.Module):
         options = [[at(self.tell, t) for t in o] + [-1] * (n - len(o)) for _, o, *_ in rows]
         hints = [[at(self.ask, asked), at(self.tell, met)] for *_, hints in rows for asked, met in hints]
         return {"labels": torch.tensor([a for *_, a, _ in rows]), "parts": torch.tensor(parts), "options": torch.tensor(options), "hints": torch.tensor(hints, dtype=torch.long).reshape(-1, 2),
-                "texts": self.frozen([*number]) if self.head else features_of(self.model, tokenised(self.model, [*number]))}
+                "texts": self.frozen([*number]) if self.vectors is not None else features_of(self.model, tokenised(self.model, [*number]))}
 
     def frozen(self, texts: list[str]) -> dict:
         "Embed each text once, however often it is read."
-        if new := [t for t in texts if t not in self.vectors]: self.vectors |= zip(new, torch.from_numpy(encode(self.model, new, "none", self.on, cache=EmbeddingCache(self.model, self.on))))   # prompts are in front already
+        if new := [t for t in texts if t not in self.vectors]:
+            self.cache = self.cache or EmbeddingCache(self.model, self.on)
+            self.vectors |= zip(new, torch.from_numpy(encode(self.model, new, "none", self.on, cache=self.cache)))   # prompts are in front already
         return {"vectors": torch.stack([self.vectors[t] for t in texts])}
+
+    def center(self, q: Questions):
+        "Make the mean of the options the point that cosines are taken from."
+        self.middle.copy_(self.frozen([*dict.fromkeys(self.tell + t for o in q.options for t in o)])["vectors"].mean(0))
 
     def forward(self, parts: Tensor,   # (questions, parts) numbers of texts; -1 for none
                 options: Tensor,       # (questions, options) numbers of texts; -1 beyond the last
                 hints: Tensor,         # (pairs, 2) numbers of texts that belong together
                 texts: dict, labels: Tensor | None = None) -> dict:
-        e = self.head(F.dropout(texts["vectors"], self.cfg.dropout, self.training)) if self.head else self.model(dict(texts))["sentence_embedding"]
+        e = texts["vectors"] - self.middle if self.vectors is not None else self.model(dict(texts))["sentence_embedding"]
+        if self.head: e = self.head(F.dropout(e, self.cfg.dropout, self.training))
         e = F.normalize(e.float(), dim=-1)                                                       # (texts, width)
         asked = (e[parts.clamp(0)] * (parts >= 0)[..., None] * self.weights[:, None]).sum(1)     # (questions, width)
         near = asked @ e.T / self.cfg.temperature                                                # (questions, texts)
@@ -190,11 +199,12 @@ def _chance(rows: list[tuple], cfg: ChooseConfig) -> float: # the loss where all
 def train_on(model: nn.Module, q: Questions, held: Questions | None, # to look at after each epoch; without, the last weights are taken
              cfg: ChooseConfig, on: Machine) -> FitLog:
     "Tune a model on questions, in place."
+    if cfg.center: model.center(q)
     rows = rows_of(q, cfg.hints > 0) + (reworded(q, cfg.seed) if cfg.reworded else [])
     base = {k: v.detach().clone() for k, v in model.state_dict().items()} if cfg.interpolate else {}
     steps = math.ceil(math.ceil(len(rows) / cfg.batch_size) / cfg.accumulate) * cfg.epochs
     log, best = FitLog(steps=steps, chance=_chance(rows, cfg), batch=cfg.batch_size), _Best(model, cfg.patience)
-    kernel = choose_attention(model.model, [*q.queries[:16], *q.options[0]], on).attention if isinstance(model, BiEncoder) and not model.head else None
+    kernel = choose_attention(model.model, [*q.queries[:16], *q.options[0]], on).attention if isinstance(model, BiEncoder) and model.vectors is None else None
     with tempfile.TemporaryDirectory() as tmp, attention(model.model, kernel) if kernel else contextlib.nullcontext():
         args = TrainingArguments(tmp, num_train_epochs=cfg.epochs, per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=cfg.batch_size, gradient_accumulation_steps=cfg.accumulate,
                                  learning_rate=cfg.lr, lr_scheduler_type={"constant": "constant_with_warmup"}.get(cfg.schedule, cfg.schedule), warmup_steps=warmup_steps(steps, cfg),

@@ -142,6 +142,13 @@ def test_what_is_trained_follows_the_settings(asked, tiny_model):
     assert torch.allclose(half[name], (before[name] + after[name]) / 2, atol=1e-6) and not torch.equal(before[name], after[name])
     turned, before, after = trained(tune="head", dropout=0.1)
     assert [k for k in before if not torch.equal(before[k], after[k])] == ["head.weight"] and turned.engine["trainable"] == after["head.weight"].numel()
+    cfg = make_config(ChooseConfig, base=str(tiny_model), method="bi-encoder", epochs=2, precision="fp32", tune="parts", clauses=True, center=True)
+    model = new_chooser(cfg, on)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    log = train_on(model, q, None, cfg, on)
+    assert {k for k, v in model.state_dict().items() if not torch.equal(before[k], v)} == {"weights", "middle"} and log.engine["trainable"] == 3
+    options = [*{t for o in q.options for t in o}]
+    assert torch.allclose(model.middle, torch.tensor(model.model.encode(options, prompt=model.tell, normalize_embeddings=True)).mean(0), atol=1e-5), "the mean of what is trained on, each option once"
     folded, before, merged = trained(tune="lora", lora_rank=2, interpolate=0.5)
     assert folded.engine["trainable"] == log.engine["trainable"], "counted before the matrices are folded in"
     assert not [k for k in merged if "lora_" in k] and not torch.equal(merged[name], before[name.replace("query.", "query.base_layer.")])
@@ -207,7 +214,7 @@ def test_prompts_stand_in_front(asked, tiny_model):
 
 
 def test_a_model_that_is_broken_fails(asked, tiny_model):
-    cfg = make_config(ChooseConfig, base=str(tiny_model))
+    cfg = make_config(ChooseConfig, base=str(tiny_model), method="bi-encoder")   # untouched, an encoder is refused where it embeds
     on, q = machine(cfg), read_questions(asked)
     model = new_chooser(cfg, on)
     with torch.no_grad(): model.model[0].auto_model.embeddings.word_embeddings.weight.fill_(float("nan"))
@@ -220,7 +227,7 @@ def test_a_model_that_is_broken_fails(asked, tiny_model):
 def test_settings_that_do_not_go_together(asked):
     for params, said in [({"method": "ensemble"}, "members: an ensemble adds up other runs"), ({"method": "multiple-choice", "clauses": True}, "clauses: multiple-choice reads a question as it is"),
                          ({"patience": 2, "hold_out": False}, "patience: nothing is held out"), ({"method": "bert"}, "method must be"), ({"method": "cross-encoder", "in_batch": False}, "in_batch: this is for method=bi-encoder"), ({"method": "bi-encoder", "lora_rank": 4}, "lora_rank: no adapter is trained"),
-                         ({"method": "bi-encoder", "blind": True, "hints": 1.0}, "a blind model reads nothing"), ({"method": "bi-encoder", "dropout": 0.1}, "dropout: this is for tune=head"), ({"method": "multiple-choice", "tune": "lora"}, "tune: this is for method=bi-encoder, not multiple-choice"), ({"warmup": 1.5}, "warmup: below 1 it is a share")]:
+                         ({"method": "bi-encoder", "blind": True, "hints": 1.0}, "a blind model reads nothing"), ({"method": "bi-encoder", "dropout": 0.1}, "dropout: this is for tune=head"), ({"method": "bi-encoder", "tune": "parts"}, "tune: without clauses a question has one part"), ({"method": "bi-encoder", "tune": "parts", "clauses": True, "lr": 1e-3}, "lr: with tune=parts nothing is trained"), ({"method": "bi-encoder", "center": True}, "center: this is for embeddings that stay as they are"), ({"method": "multiple-choice", "tune": "lora"}, "tune: this is for method=bi-encoder, not multiple-choice"), ({"warmup": 1.5}, "warmup: below 1 it is a share")]:
         with pytest.raises(InputError, match=said): make_config(ChooseConfig, **params)
     q = read_questions(asked)
     with pytest.raises(InputError, match="no question is left to train on; give fold_count=3, or hold_out=False"): folds(q, make_config(ChooseConfig, method="bi-encoder", fold_count=2))
