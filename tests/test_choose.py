@@ -145,8 +145,8 @@ def test_what_is_trained_follows_the_settings(asked, tiny_model):
     cfg = make_config(ChooseConfig, base=str(tiny_model), method="bi-encoder", epochs=2, precision="fp32", tune="parts", clauses=True, center=True)
     model = new_chooser(cfg, on)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    log = train_on(model, q, None, cfg, on)
-    assert {k for k, v in model.state_dict().items() if not torch.equal(before[k], v)} == {"weights", "middle"} and log.engine["trainable"] == 3
+    weighed = train_on(model, q, None, cfg, on)
+    assert {k for k, v in model.state_dict().items() if not torch.equal(before[k], v)} == {"weights", "middle"} and weighed.engine["trainable"] == 3
     options = [*{t for o in q.options for t in o}]
     assert torch.allclose(model.middle, torch.tensor(model.model.encode(options, prompt=model.tell, normalize_embeddings=True)).mean(0), atol=1e-5), "the mean of what is trained on, each option once"
     folded, before, merged = trained(tune="lora", lora_rank=2, interpolate=0.5)
