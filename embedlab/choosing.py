@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'PARTS_LR', 'parts_of', 'hint_pairs', 'rows_of', 'BiEncoder'
 
 # %% ../nbs/37_choosing.ipynb #61f2b61d
 import contextlib, itertools, json, math, tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +233,7 @@ class Fold:
     train: np.ndarray
     held: np.ndarray   # to choose by; empty where nothing is held out
     judged: np.ndarray
+    inner: list[np.ndarray] = field(default_factory=list) # parts of what is trained on, to be held out in turn where settings are tried
 
 def folds(q: Questions, cfg: ChooseConfig) -> list[Fold]:
     "Cut questions as the settings say."
@@ -245,10 +246,11 @@ def folds(q: Questions, cfg: ChooseConfig) -> list[Fold]:
     for n, judged in enumerate(cut):
         if cfg.only and n not in cfg.only: continue
         rest = rest_of(q, judged, cfg.strict)
-        held = np.intersect1d(rest, cut[n - 1]) if cfg.hold_out or cfg.tries or cfg.split == "dev" else rest[:0]   # each question is held out once, and no answer crosses here either
+        held = np.intersect1d(rest, cut[n - 1]) if cfg.hold_out and not cfg.tries or cfg.split == "dev" else rest[:0]   # each question is held out once, and no answer crosses here either
         if cfg.strict and cfg.split == "dev": rest = np.union1d(held, np.intersect1d(rest, rest_of(q, held, True)))
         if not len(train := np.setdiff1d(rest, held)): raise InputError(f"fold {n}: no question is left to train on; give " + ("strict=False" if cfg.strict else f"fold_count={cfg.fold_count + 1}, or hold_out=False"))
-        out.append(Fold(n, train, held, held if cfg.split == "dev" else judged))
+        out.append(Fold(n, train, held, held if cfg.split == "dev" else judged, [x for m, c in enumerate(cut) if m != n and len(x := np.intersect1d(rest, c))] if cfg.tries else []))
+        if cfg.tries and len(out[-1].inner) < 2: raise InputError(f"tries: fold {n} has one other fold, and to try settings one is held out and another trained on; give fold_count=3 or more")
     if not out: raise InputError(f"only: there are the folds 0 to {len(cut) - 1}; none of {', '.join(map(str, cfg.only))} is among them")
     return out
 
@@ -284,32 +286,40 @@ def judge(q: Questions, cfg: ChooseConfig,
     judged = q.part(places(q, cfg))
     if cfg.method in ("first", "longest"): return control(judged, cfg.method), []
     if cfg.method == "zero-shot": return scored(new_chooser(cfg, on), judged, on), []
-    by_place, logs = {}, []
+    by_place, logs, tried = {}, [], {}
     for f in folds(q, cfg):
         path, asked = Path(folder) / "folds" / f"{f.number}.json", q.part(f.judged.tolist())
         done = json.loads(path.read_text()) if path.exists() else {}
         if done.get("judged") == asked.fingerprint: print(f"fold {f.number} was finished before")
         else:
-            print(f"fold {f.number}: {len(f.train)} questions to tune on, {len(f.held)} held out, {len(f.judged)} judged" + "".join(f"; no {k.partition(':')[2]} among them" for k in kinds_missing(q, asked)), flush=True)
-            model, log = tuned(q, f, cfg, on)
+            print(f"fold {f.number}: {len(f.train)} questions to tune on, {f'in {len(f.inner)} parts that are held out in turn' if cfg.tries else f'{len(f.held)} held out'}, {len(f.judged)} judged" + "".join(f"; no {k.partition(':')[2]} among them" for k in kinds_missing(q, asked)), flush=True)
+            model, log = tuned(q, f, cfg, on, tried)
             done = {"judged": asked.fingerprint, "scores": [s.tolist() for s in scored(model, asked, on)], "log": asdict(log)}
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part"); part.write_text(json.dumps(done)); part.replace(path)
         by_place |= zip(f.judged.tolist(), map(np.array, done["scores"])); logs.append(FitLog(**done["log"]))
     return [by_place[i] for i in sorted(by_place)], logs
 
-def tuned(q: Questions, f: Fold, cfg: ChooseConfig, on: Machine) -> tuple[nn.Module, FitLog]:
-    "Tune a model for a fold; with `tries`, by the settings that answer the held-out fold best, on all that is not judged."
+def tuned(q: Questions, f: Fold, cfg: ChooseConfig, on: Machine,
+          tried: dict | None = None # right answers so far, by settings and what was trained on; two folds share half of their models
+         ) -> tuple[nn.Module, FitLog]:
+    "Tune a model for a fold; with `tries`, by the settings that answer the other folds best, each of them held out in turn."
     def go(c, rows, held=None):
         model = new_chooser(c, on)
         return model, train_on(model, q.part(rows.tolist()), held, c, on)
     if not cfg.tries: return go(cfg, f.train, q.part(f.held.tolist()) if cfg.hold_out and cfg.split == "test" else None)
-    held, found = q.part(f.held.tolist()), []
+    tried, found = {} if tried is None else tried, []
     for values in itertools.product(*cfg.tries.values()):
-        c = cfg.model_copy(update=dict(zip(cfg.tries, values)))
-        found.append((hits(held, scored(go(c, f.train)[0], held, on)).mean(), c))
+        c, right = cfg.model_copy(update=dict(zip(cfg.tries, values))), 0.0
+        for g in f.inner:
+            rows = np.setdiff1d(np.intersect1d(f.train, rest_of(q, g, cfg.strict)), g)
+            if (key := (values, rows.tobytes())) not in tried:
+                others = np.setdiff1d(np.arange(len(q)), rows)
+                tried[key] = dict(zip(others.tolist(), hits(q.part(others.tolist()), scored(go(c, rows)[0], q.part(others.tolist()), on))))
+            right += sum(tried[key][i] for i in g.tolist())
+        found.append((right / len(f.train), c))
     best = max(found, key=lambda x: x[0])[1]   # of equal ones the first
-    model, log = go(best, np.union1d(f.train, f.held))
+    model, log = go(best, f.train)
     log.engine |= {"chosen": {k: getattr(best, k) for k in cfg.tries}, "held_out_accuracy": [round(float(a), 4) for a, _ in found]}
     return model, log
 

@@ -277,7 +277,7 @@ class ChooseConfig(Life):
     only: Numbers = Field([], description="Folds to run, by number; without any, all")
     strict: bool = Field(False, description="Drop from training what shares any option with the fold that is judged")
     hold_out: bool = Field(True, description="Hold one of a fold's other folds out, to take the best epoch by; off takes the last, and trains on all but what is judged, as do runs on dev")
-    tries: Grid = Field({}, description="Settings of which each fold takes those that answer its held-out fold best, and is then trained on both: 'dropout=0,0.2; epochs=4,8'")
+    tries: Grid = Field({}, description="Settings of which each fold takes those that answer its other folds best, each of them held out in turn, and is then trained on all of these: 'dropout=0,0.2; epochs=4,8'")
     order: int = Field(0, ge=0, description="Seed of the options' order")
     seed: int = Field(0, ge=0, description="Seed of batches, dropout and a new head")
     epochs: int = Field(6, ge=1, description="Passes over the training questions")
@@ -305,7 +305,7 @@ class ChooseConfig(Life):
         if self.lora_rank != type(self).model_fields["lora_rank"].default and self.tune != "lora": raise ValueError("lora_rank: no adapter is trained; give tune=lora, or leave lora_rank out")
         if self.blind and (self.hints or self.reworded): raise ValueError("hints, reworded: a blind model reads nothing of a question; leave them out")
         if self.patience and (self.tries or self.split == "dev"): raise ValueError("patience: with tries and on dev the last epoch is taken; leave patience out")
-        if self.tries and (self.split == "dev" or self.folds == "wrong" or self.method not in ("bi-encoder", "cross-encoder", "multiple-choice")): raise ValueError("tries: settings are chosen on each fold's held-out fold and judged on the fold; give split=test, folds that keep apart, and a method that is trained")
+        if self.tries and (self.split == "dev" or self.folds == "wrong" or self.method not in ("bi-encoder", "cross-encoder", "multiple-choice")): raise ValueError("tries: settings are chosen on each fold's other folds and judged on the fold; give split=test, folds that keep apart, and a method that is trained")
         for values in itertools.product(*self.tries.values()) if self.tries else ():
             try: type(self)(**self.model_dump() | {"tries": {}} | dict(zip(self.tries, values)))
             except ValidationError as e: raise ValueError(f"tries: {'.'.join(map(str, e.errors()[0]['loc']))} {e.errors()[0]['msg']}") from None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from embedlab import choosing
 from embedlab.choosing import control, folds, hits, new_chooser, overlap, parts_of, places, scored, train_on, tuned
 from embedlab.config import ChooseConfig, InputError, make_config
 from embedlab.leaks import normalise
@@ -175,18 +176,32 @@ def test_a_blind_model_never_reads_the_question(asked, tiny_model):
     assert parts_of("Can I have soup without leeks?", cfg.model_copy(update={"blind": False})) == ["Can I have soup without leeks?", "Can I have soup", "leeks?"]
 
 
-def test_each_fold_chooses_its_settings_by_what_it_holds_out(asked, tiny_model):
-    "The best on the held-out fold is taken, and trained on both; what is judged is seen by neither."
+def fitted(q, rows, cfg, lr, on):
+    model = new_chooser(cfg, on)
+    train_on(model, q.part(rows.tolist()), None, cfg.model_copy(update={"lr": lr, "tries": {}}), on)
+    return model
+
+
+def test_each_fold_chooses_its_settings_by_the_others(asked, tiny_model, monkeypatch):
+    "Each other fold is held out in turn, the best in all is trained on all of them, and what is judged is neither trained on nor counted; folds share the models of their common parts."
     q, on = read_questions(asked), machine(make_config(ChooseConfig, precision="fp32"))
     cfg = make_config(ChooseConfig, base=str(tiny_model), method="bi-encoder", epochs=4, precision="fp32", fold_count=3, tries="lr=1e-9,2e-3")
-    first = folds(q, cfg)[0]
-    assert len(first.held) and not {*first.held} & {*first.train, *first.judged}
-    model, log = tuned(q, first, cfg, on)
+    cut = folds(q, cfg)
+    for n, f in enumerate(cut):
+        assert not len(f.held) and not {*f.train} & {*f.judged} and sorted(np.concatenate(f.inner)) == [*f.train] and [{*x} for x in f.inner] == [{*c.judged} for m, c in enumerate(cut) if m != n]
+    trained, tried = [], {}
+    monkeypatch.setattr(choosing, "train_on", lambda model, part, *a: trained.append({*part.ids}) or train_on(model, part, *a))
+    model, log = tuned(q, cut[0], cfg, on, tried)
     nothing, some = log.engine["held_out_accuracy"]
     assert log.engine["chosen"] == {"lr": 2e-3} and some > nothing
-    again = new_chooser(cfg, on)
-    train_on(again, q.part(np.union1d(first.train, first.held).tolist()), None, cfg.model_copy(update={"lr": 2e-3}), on)
+    at = [q.ids[i] for i in cut[0].train]
+    assert trained[-1] == {*at} and all(len(x) < len(at) and x < {*at} for x in trained[:-1]) and len(trained) == 2 * 2 + 1
+    by_hand = [sum(hits(q.part(g.tolist()), scored(by(g, lr), q.part(g.tolist()), on)).sum() for g in cut[0].inner) / len(at) for by in [lambda g, lr: fitted(q, np.setdiff1d(cut[0].train, g), cfg, lr, on)] for lr in (1e-9, 2e-3)]
+    assert by_hand == pytest.approx([nothing, some], abs=1e-4)
+    again = fitted(q, cut[0].train, cfg, 2e-3, on)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    trained.clear(); tuned(q, cut[1], cfg, on, tried)
+    assert len(trained) == 2 + 1, "the third fold alone was trained on before, for the first"
     for params, said in (({"split": "dev"}, "give split=test"), ({"method": "zero-shot"}, "a method that is trained"), ({"tries": "lr=7"}, "tries: lr Input should be less"), ({"tries": "lrr=1"}, "tries: lrr Extra"), ({"patience": 2}, "with tries and on dev the last epoch is taken")):
         with pytest.raises(InputError, match=said): make_config(ChooseConfig, **{"method": "bi-encoder", "tries": "lr=1e-5,2e-5"} | params)
 
