@@ -1,4 +1,5 @@
 "A lab's figures are those of the runs beside it."
+import itertools
 import re
 
 import nbformat
@@ -74,6 +75,28 @@ def test_ranksaga_shows_its_runs():
     row = next(line for line in (ROOT / "README.md").read_text().splitlines() if "nbs/labs/000_ranksaga.ipynb" in line)
     stand = {f"{x:.3f}"[1:] for k in ("scifact/ndcg@10", "pydocs/ndcg@10") for x in (records[0].before[k], np.mean([r.after[k] for r in records]))}
     assert {*re.findall(r"\.\d{3}", row)} == stand
+
+
+def test_recipes_shows_its_runs():
+    "What is claimed has three seeds over five folds that no answer crosses, its settings chosen without the fold in question, and is better than the untouched encoder by McNemar with every seed; the figures in the prose are the records'."
+    key, negated = "recipe-mpr/accuracy", "recipe-mpr:negated/accuracy"
+    of = lambda name: [read_record(p) for p in sorted(ROOT.glob(f"runs/recipes-{name}-s?.ipynb"))]
+    nested = of("test-nested")
+    assert [r.seed for r in nested] == [0, 1, 2] and all(r.split == "test" and not r.leaks["allowed"] and len(r.ids(key)) == 500 for r in nested)
+    assert all(set(f["chosen"]) == {"center", "in_batch", "lr"} and f["held_out_accuracy"][[*itertools.product([False, True], [True, False], [5e-4, 2e-3])].index((*f["chosen"].values(),))] == max(f["held_out_accuracy"]) for r in nested for f in r.engine["folds"])
+    assert all(r.delta[key]["test"] == "McNemar" and r.delta[key]["verdict"] == "better" for r in nested)
+    assert np.mean([r.after[key] for r in nested]) >= 0.5 and np.mean([r.after[negated] for r in nested]) >= 0.4
+    wrong, right = of("guide-wrong")[0], of("guide-improved")[0]
+    assert wrong.leaks["allowed"] and not right.leaks["allowed"] and wrong.after[key] > right.after[key] + 0.2
+    assert max(r.after[key] for r in of("test-blind") + of("first") + of("longest")) < 0.28
+    page = ROOT / "nbs/labs/003_recipes.ipynb"
+    ladder = next(t for t in tables(page) if {"accuracy", "over the untouched"} <= t[0].keys())
+    shown = {row["accuracy"].split("%")[0] for row in ladder} | {row["negated"].removesuffix("%") for row in ladder}
+    conclusion = re.split("^## ", "\n".join(c.source for c in nbformat.read(page, 4).cells), flags=re.M)[-3]
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if "nbs/labs/003_recipes.ipynb" in line)
+    for prose in (conclusion, row):
+        said = {*re.findall(r"\d\d\.\d", prose)} - {"69.4"}   # the guide's
+        assert len(said) >= 3 and said <= shown
 
 
 @pytest.mark.slow
