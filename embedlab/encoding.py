@@ -35,7 +35,8 @@ LIMIT = 4 * 2**30   # bytes on disk: 2.6 million embeddings of 384 numbers
 def last_steps(model: SentenceTransformer
               ) -> tuple[SentenceTransformer, list]: # what reads texts; the dense layers and the scaling to length 1 that follow
     "Part a model, without copying it, where nothing but vectors is read any more."
-    steps, n = [*model], len(model)
+    steps = [*model]
+    n = len(steps)
     alone = lambda m: type(m) is Normalize or type(m) is Dense and m.module_input_name == m.module_output_name == "sentence_embedding"
     while n > 1 and alone(steps[n - 1]): n -= 1
     return (model if n == len(steps) else SentenceTransformer(modules=steps[:n], prompts=model.prompts, device=model.device)), steps[n:]
