@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'PARTS_LR', 'parts_of', 'hint_pairs', 'rows_of', 'BiEncoder', 'Together', 'new_chooser', 'scored', 'checked',
-           'reworded', 'train_on', 'Fold', 'folds', 'places', 'chance', 'overlap', 'control', 'judge', 'tuned', 'hits',
-           'figures', 'kinds_missing', 'summary', 'member', 'combined']
+           'reworded', 'train_on', 'Fold', 'folds', 'beside', 'places', 'chance', 'overlap', 'control', 'judge',
+           'tuned', 'hits', 'figures', 'kinds_missing', 'summary', 'member', 'combined']
 
 # %% ../nbs/37_choosing.ipynb #61f2b61d
 import contextlib, itertools, json, math, tempfile
@@ -251,8 +251,13 @@ def folds(q: Questions, cfg: ChooseConfig) -> list[Fold]:
         if not len(train := np.setdiff1d(rest, held)): raise InputError(f"fold {n}: no question is left to train on; give " + ("strict=False" if cfg.strict else f"fold_count={cfg.fold_count + 1}, or hold_out=False"))
         out.append(Fold(n, train, held, held if cfg.split == "dev" else judged, [x for m, c in enumerate(cut) if m != n and len(x := np.intersect1d(rest, c))] if cfg.tries else []))
         if cfg.tries and len(out[-1].inner) < 2: raise InputError(f"tries: fold {n} has one other fold, and to try settings one is held out and another trained on; give fold_count=3 or more")
+        if not all(len(beside(q, out[-1], g, cfg.strict)) for g in out[-1].inner): raise InputError(f"tries: with a part of fold {n}'s training held out, no question is left to train on; give strict=False, or leave out tries")
     if not out: raise InputError(f"only: there are the folds 0 to {len(cut) - 1}; none of {', '.join(map(str, cfg.only))} is among them")
     return out
+
+def beside(q: Questions, f: Fold, part: np.ndarray, strict: bool) -> np.ndarray: # places
+    "List what may be trained on where a part of a fold's training is held out."
+    return np.setdiff1d(np.intersect1d(f.train, rest_of(q, part, strict)), part)
 
 def places(q: Questions, cfg: ChooseConfig) -> list[int]:
     "List the questions that a run judges, in their order."
@@ -312,7 +317,7 @@ def tuned(q: Questions, f: Fold, cfg: ChooseConfig, on: Machine,
     for values in itertools.product(*cfg.tries.values()):
         c, right = cfg.model_copy(update=dict(zip(cfg.tries, values))), 0.0
         for g in f.inner:
-            rows = np.setdiff1d(np.intersect1d(f.train, rest_of(q, g, cfg.strict)), g)
+            rows = beside(q, f, g, cfg.strict)
             if (key := (values, rows.tobytes())) not in tried:
                 others = np.setdiff1d(np.arange(len(q)), rows)
                 tried[key] = dict(zip(others.tolist(), hits(q.part(others.tolist()), scored(go(c, rows)[0], q.part(others.tolist()), on))))

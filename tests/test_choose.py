@@ -265,3 +265,8 @@ def test_questions_whose_answers_are_everybodys_options(tmp_path):
     assert places(q, make_config(ChooseConfig)) == [*range(9)], "what is not trained needs no folds"
     (tmp_path / "q.json").write_text(json.dumps([{"question": f"{n}?", "options": [f"word{n}", "none of these"], "answer": 0} for n in range(9)]))
     with pytest.raises(InputError, match="no question is left to train on; give strict=False"): folds(read_questions(tmp_path / "q.json"), make_config(ChooseConfig, method="bi-encoder", strict=True, hold_out=False))
+    apart = folds_of(read_questions(tmp_path / "q.json"), 3)[0]
+    (tmp_path / "q.json").write_text(json.dumps([{"question": f"{n}?", "options": [f"word{n}", "none" if n in apart else "neither"], "answer": 0} for n in range(9)]))
+    tried = lambda strict: folds(read_questions(tmp_path / "q.json"), make_config(ChooseConfig, method="bi-encoder", strict=strict, fold_count=3, only="0", tries="lr=1e-5,2e-5"))
+    assert len(tried(False)[0].inner) == 2
+    with pytest.raises(InputError, match="held out, no question is left to train on; give strict=False, or leave out tries"): tried(True)
