@@ -10,6 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import kernels
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -67,8 +69,14 @@ class Ran:
         return read_record(self.path)
 
 
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory) -> dict:
+    "Environment in which a notebook begins with everything imported, in two seconds instead of ten; an empty JUPYTER_PATH gives a test kernels as users have them."
+    return {"JUPYTER_PATH": kernels.start(tmp_path_factory.mktemp("kernels"))} if sys.platform == "linux" else {}
+
+
 @pytest.fixture
-def papermill(tmp_path):
+def papermill(tmp_path, forked):
     "Run a driver as a user does, from the project's root, with its artefacts in a folder of the test's own."
     home = tmp_path / "runs"
     home.mkdir()
@@ -76,7 +84,7 @@ def papermill(tmp_path):
     def start(out: str = "out", driver: str = "train", env: dict | None = None, **params) -> subprocess.Popen:
         args = [x for k, v in params.items() for x in ("-p", k, str(v))]
         return subprocess.Popen([sys.executable, "-m", "papermill", f"nbs/{driver}.ipynb", str(home / f"{out}.ipynb"), *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                env=os.environ | {"EMBEDLAB_RUNS": str(home), "HF_HUB_OFFLINE": "1", "EMBEDLAB_CACHE": str(tmp_path / "cache"), "EMBEDLAB_MIN_FREE": str(2**20)} | (env or {}))
+                                env=os.environ | {"EMBEDLAB_RUNS": str(home), "HF_HUB_OFFLINE": "1", "EMBEDLAB_CACHE": str(tmp_path / "cache"), "EMBEDLAB_MIN_FREE": str(2**20)} | forked | (env or {}))
 
     def go(out: str = "out", driver: str = "train", env: dict | None = None, **params) -> Ran:
         p = start(out, driver, env, **params)

@@ -94,7 +94,7 @@ def guide(papermill, world, tmp_path):
     startup = tmp_path / "ipython/profile_default/startup"
     startup.mkdir(parents=True)
     (startup / "beir.py").write_text(f"from embedlab import collections as _c\n_c.BEIR_URL = '{world.address}/beir/{{}}.zip'\n_c.BEIR.update({world.md5})\nfrom huggingface_hub import constants as _h\n_h.DOWNLOAD_CHUNK_SIZE = 100   # written after each; by itself after each 10 MB\n")
-    env = {"IPYTHONDIR": str(tmp_path / "ipython"), "HF_ENDPOINT": world.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "EMBEDLAB_DATA": "", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env = {"JUPYTER_PATH": "", "IPYTHONDIR": str(tmp_path / "ipython"), "HF_ENDPOINT": world.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "EMBEDLAB_DATA": "", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     small = PRESET | {"batch_size": 16, "max_tokens": 32, "train_tokens": 32, "precision": "fp32", "checks": 1, "epochs": 1, "mine_from": 1, "mine_to": 20}
     def go(out="out", settings={}, **more): return papermill(out, env=env | more, **{k: v for k, v in (small | settings).items() if v is not None})
     go.folder = tmp_path

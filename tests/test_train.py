@@ -124,7 +124,7 @@ def test_killed_and_continued(papermill, small):
     settings = small | {"epochs": 12, "checks": 12, "dropout": 0.1}
     whole = papermill("whole", run="whole", **settings)
     assert whole.code == 0, whole.text
-    p = papermill.start("cut", run="cut", **settings)
+    p = papermill.start("cut", env={"JUPYTER_PATH": ""}, run="cut", **settings)
     kept = papermill.home / "cut" / "checkpoints"
     while p.poll() is None and not [*kept.glob("checkpoint-*[0-9]")]: time.sleep(0.02)
     for child in psutil.Process(p.pid).children(recursive=True): child.kill()
