@@ -56,7 +56,7 @@ def run(how: dict, files: list[int]) -> None:
         os.dup2(files[0], 1); os.dup2(files[1], 2)
         os.environ.clear(); os.environ.update({k: v for k, v in how["env"].items() if k != "JPY_PARENT_PID"})   # its parent is not who waits for it
         os.chdir(how["cwd"])
-        sys.argv, sys.path = ["ipykernel_launcher", "-f", *how["args"]], ["", *sys.path]
+        sys.argv, sys.path = ["ipykernel_launcher", "-f", *how["args"], "--matplotlib=inline"], ["", *sys.path]   # as when pyplot is first imported in a kernel
         from ipykernel.kernelapp import launch_new_instance
         launch_new_instance()
         code = 0
