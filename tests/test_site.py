@@ -12,6 +12,10 @@ import yaml
 from conftest import ROOT, measures_speed
 
 
+def of_kind(run: str) -> str: return re.sub(r"(-[a-z_]+(\d[\d.e-]*|True|False))*-s\d+$", "", run)   # without the values of a grid, and the seed
+RUNS = [*{of_kind(p.stem): p for p in sorted(ROOT.glob("runs/*.ipynb"), reverse=True)}.values()]   # the first of each kind: its other seeds have the same page
+
+
 @pytest.fixture(scope="module")
 def processed(tmp_path_factory):
     "What nbdev hands to Quarto."
@@ -19,6 +23,7 @@ def processed(tmp_path_factory):
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "_proc", "_docs", "model", "checkpoints", "__pycache__", "*.egg-info", "tests"))
     from embedlab.report import write_leaderboard
     write_leaderboard(tree / "runs")
+    for p in {*ROOT.glob("runs/*.ipynb")} - {*RUNS}: (tree / p.relative_to(ROOT)).unlink()
     script = "from nbdev.serve import proc_nbs\nfrom nbdev.quarto import refresh_quarto_yml\nif __name__ == '__main__':\n    refresh_quarto_yml(); print(proc_nbs(n_workers=0))"
     p = subprocess.run([sys.executable, "-c", script], cwd=tree, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr
@@ -26,7 +31,7 @@ def processed(tmp_path_factory):
 
 
 def test_pages_are_processed(processed):
-    for p in [*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("runs/*.ipynb")]:
+    for p in [*ROOT.glob("nbs/**/*.ipynb"), *RUNS]:
         page = json.loads((processed / p.relative_to(ROOT)).read_text())
         assert page["cells"][0]["cell_type"] == "raw" and "title:" in "".join(page["cells"][0]["source"]), p
         shown = "".join("".join(c["source"]) for c in page["cells"])
@@ -37,7 +42,7 @@ def test_pages_are_processed(processed):
 def test_runs_keep_their_record_and_pictures(processed):
     from embedlab.comparison import COMPARISON, is_comparison, read_outputs
     from embedlab.records import MIME, read_record
-    for p in ROOT.glob("runs/*.ipynb"):
+    for p in RUNS:
         if measures_speed(p):
             assert len(read_outputs(processed / p.relative_to(ROOT), "image/png")) == len(read_outputs(p, "image/png")) >= 2
             continue
