@@ -29,7 +29,7 @@ def pair_hash(x: Grid, y: Grid) -> str: return digest([grid_text(x), grid_text(y
 
 def families_of(cfg: SolveConfig) -> tuple[list[str], list[str]]: # trained on and held out
     "Name the families of both parts."
-    seen = cfg.families or [f for f in SEEN if f not in cfg.held_out]
+    seen = [g for f in cfg.families for g in ([g for g in SEEN if g not in cfg.held_out] if f == "seen" else [f])]
     held = cfg.held_out or [f for f in HELD_OUT if f not in seen]
     for f in (*seen, *held): family_named(f)
     return seen, held

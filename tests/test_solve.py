@@ -22,8 +22,8 @@ from embedlab.records import mark
 from embedlab.solvers import add_adapter, begin, chain_of, fit_solver, fit_solver_once, refuse_learned, trained
 from embedlab.wording import Wording, grid_tokenizer, load_solver, new_solver
 
-TINY = dict(size=4, demos=3, tasks=4, width=32, layers=2, heads=2, steps=8, batch_size=4, lr=3e-3, precision="fp32", predictions=3)
-QWEN = dict(size=4, demos=3, tasks=3, steps=6, batch_size=4, lr=3e-3, precision="fp32", predictions=2, tune="lora", lora_rank=4)
+TINY = dict(puzzles="families", families="seen", test_steps=0, size=4, demos=3, tasks=4, width=32, layers=2, heads=2, steps=8, batch_size=4, lr=3e-3, precision="fp32", predictions=3)
+QWEN = dict(puzzles="families", families="seen", test_steps=0, size=4, demos=3, tasks=3, steps=6, batch_size=4, lr=3e-3, precision="fp32", predictions=2, tune="lora", lora_rank=4)
 SERVER = multiprocessing.get_context("forkserver")   # children are real processes, forked from one that has only imported
 SERVER.set_forkserver_preload(["embedlab.adapting"])
 
@@ -226,7 +226,7 @@ def test_what_was_learned_solves(home, tmp_path):
     rng = np.random.default_rng(0)
     grid = lambda: rng.integers(0, 10, (3, 3)).astype(np.uint8)
     seven = lambda n, k: write_tasks(tmp_path / f"{n}.json", [Task(f"{n}{i}", [(grid(), np.array([[7]], np.uint8)) for _ in range(3)], [(grid(), np.array([[7]], np.uint8))]) for i in range(k)])
-    params = {k: v for k, v in TINY.items() if k not in ("size", "demos")} | dict(train=str(seven("some", 20)), puzzles=str(seven("other", 6)), tasks=None, steps=40, lr=1e-2, augment=False, predictions=1)
+    params = {k: v for k, v in TINY.items() if k not in ("size", "demos", "families")} | dict(train=str(seven("some", 20)), puzzles=str(seven("other", 6)), tasks=None, steps=40, lr=1e-2, augment=False, predictions=1)
     cfg = make_config(SolveConfig, **params)
     sets, on, start = puzzle_sets(cfg)[0], machine(cfg), begin(cfg, machine(cfg))
     start.model.train()
@@ -365,7 +365,7 @@ def test_a_folder_takes_the_same_path(papermill, qwen, tmp_path):
     "A Qwen2 by its folder, on tasks of a file: LoRA, tuning at test time, tasks that can't be encoded listed, too large ones left out and counted."
     tasks = make_tasks(["flip", "recolour"], 4, 3, 4)
     path = write_tasks(tmp_path / "mine.json", tasks + [make_task("recolour", 1, 12), replace(make_task("flip", 1, 8, demos=2), name="wide"), make_task("count", 1, 5, 1)])
-    ran = papermill("q", "solve", run="q", base=qwen, puzzles=path, max_side=11, max_tokens=240, test_steps=2, test_rank=4, **QWEN | {"tasks": None})
+    ran = papermill("q", "solve", run="q", base=qwen, max_side=11, max_tokens=240, test_rank=4, **QWEN | {"tasks": None, "puzzles": path, "test_steps": 2})
     assert ran.code == 0, ran.text[-3000:]
     r = ran.record()
     assert r.delta["mine/solved@2"]["n"] == 6 and r.data[-1]["part"] == "1 tasks with sides above 11 are left out"
@@ -390,7 +390,7 @@ def test_inputs_that_can_not_be_used(tmp_path, qwen, home):
         with pytest.raises(InputError, match=said): begin(make_config(SolveConfig, **params), on)
     with pytest.raises(InputError, match="no linear layer is called 'query'"): begin(make_config(SolveConfig, base=str(qwen), tune="lora", lora_targets="query"), on)
     for params, said in [({"tune": "lora"}, "tune: LoRA beside weights that are random"), ({"base": "x", "width": 64}, "width: this is for a new model"), ({"continue_from": "a", "base": "b"}, "base: run 'a'"), ({"stage": "continued"}, "stage: there is no run"),
-                         ({"test_steps": 1, "test_adapter": "continued"}, "test_adapter: there is no trained adapter"), ({"test_steps": 1, "demos": 1}, "demos: tuning at test time"), ({"lora_dora": True}, "lora_dora: no adapter is trained"), ({"heads": 3}, "heads: 3 heads can't share"),
+                         ({"test_steps": 1, "test_adapter": "continued"}, "test_adapter: there is no trained adapter"), ({"test_steps": 1, "demos": 1}, "demos: tuning at test time"), ({"lora_dora": True, "test_steps": 0}, "lora_dora: no adapter is trained"), ({"heads": 3}, "heads: 3 heads can't share"),
                          ({"continue_from": "a", "tune": "lora", "matrix_lr": 0.01}, "matrix_lr: Muon moves"), ({"run": "a", "continue_from": "a"}, "run: 'a' would take the place of the run it begins from"), ({"steps": 0, "lr": 1e-4}, "lr: nothing is trained with steps 0"),
-                         ({"test_lr": 1e-4}, "test_lr: nothing is tuned at test time"), ({"test_steps": 1, "test_adapter": "none", "test_rank": 4}, "test_rank: this is for test_adapter=new"), ({"sample": 3}, "sample: nothing is drawn from a file"), ({"puzzles": "x", "train": "y", "size": 4}, "size: no generated task"), ({"families": "flip", "held_out": "flip"}, "held_out: flip would be trained on"), ({"warmup": 1.5}, "warmup: below 1 it is a share")]:
+                         ({"test_lr": 1e-4, "test_steps": 0}, "test_lr: nothing is tuned at test time"), ({"test_steps": 1, "test_adapter": "none", "test_rank": 4}, "test_rank: this is for test_adapter=new"), ({"sample": 3}, "sample: nothing is drawn from a file"), ({"puzzles": "x", "train": "y", "size": 4}, "size: no generated task"), ({"families": "flip", "held_out": "flip"}, "held_out: flip would be trained on"), ({"warmup": 1.5}, "warmup: below 1 it is a share")]:
         with pytest.raises(InputError, match=said): make_config(SolveConfig, **params)
