@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['lora_config', 'alike', 'add_adapter', 'trained', 'Solver', 'answer_loss', 'Start', 'chain_of', 'refuse_learned',
-           'begin', 'described_model', 'rate_at', 'groups_of', 'MuonAdamW', 'optimizer_for', 'fit_solver', 'live',
-           'frozen_hash', 'save_solver', 'fit_solver_once']
+           'begin', 'described_model', 'rate_at', 'groups_of', 'Muon32', 'MuonAdamW', 'optimizer_for', 'fit_solver',
+           'live', 'frozen_hash', 'save_solver', 'fit_solver_once']
 
 # %% ../nbs/42_solvers.ipynb #4bd0cadf
 import contextlib, hashlib, json, math, shutil, warnings
@@ -170,12 +170,27 @@ def groups_of(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     for n, p in trained(model).items(): groups.setdefault(n in decayed, []).append(p)
     return [{"params": ps, "weight_decay": weight_decay if on else 0.0} for on, ps in groups.items()]
 
+class Muon32(torch.optim.Muon):
+    "Take the steps of PyTorch's Muon in float32, for processors that emulate its bfloat16."
+    @torch.no_grad()
+    def step(self, closure=None):
+        for g in self.param_groups:
+            for p in g["params"]:
+                past = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 1 - g["momentum"])
+                (a, b, c), tall = g["ns_coefficients"], p.shape[0] > p.shape[1]
+                x = p.grad.lerp(past, g["momentum"])
+                x = (x.T if tall else x) / x.norm().clamp(min=g["eps"])
+                for _ in range(g["ns_steps"]):
+                    gram = x @ x.T
+                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+                p.mul_(1 - g["lr"] * g["weight_decay"]).add_(x.T if tall else x, alpha=-g["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
 class MuonAdamW(torch.optim.Optimizer):
     "Move matrices by PyTorch's Muon and all else by AdamW, as one optimizer."
     def __init__(self, matrices: list, rest: list[dict], # parameters, and AdamW's groups
-                 matrix_lr: float, lr: float, weight_decay: float, fused: bool):
+                 matrix_lr: float, lr: float, weight_decay: float, fused: bool, bf16: bool):
         super().__init__([*matrices, *(p for g in rest for p in g["params"])], {})
-        self.both = torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="original"), torch.optim.AdamW(rest, lr=lr, fused=fused)
+        self.both = (torch.optim.Muon if bf16 else Muon32)(matrices, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="original"), torch.optim.AdamW(rest, lr=lr, fused=fused)
         self._join()
     def _join(self): self.param_groups = [g for o in self.both[::-1] for g in o.param_groups]   # the very same ones, so that a schedule sets both; AdamW's first, whose rate is the one that is watched
     @torch.no_grad()
@@ -193,7 +208,7 @@ def optimizer_for(start: Start, cfg: SolveConfig, on: Machine) -> torch.optim.Op
     if not cfg.matrix_lr or cfg.tune != "all" or not start.wording.by_place: return torch.optim.AdamW(groups, lr=cfg.lr, fused=fused)
     inner = {id(p) for n, p in trained(model).items() if p.ndim == 2 and p is not model.get_input_embeddings().weight}
     rest = [g | {"params": ps} for g in groups if (ps := [p for p in g["params"] if id(p) not in inner])]
-    return MuonAdamW([p for g in groups for p in g["params"] if id(p) in inner], rest, cfg.matrix_lr, cfg.lr, cfg.weight_decay, fused)
+    return MuonAdamW([p for g in groups for p in g["params"] if id(p) in inner], rest, cfg.matrix_lr, cfg.lr, cfg.weight_decay, fused, on.bf16)
 
 # %% ../nbs/42_solvers.ipynb #dbc5af33
 class _Sealing(TrainerCallback):
