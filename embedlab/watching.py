@@ -182,8 +182,8 @@ def live_picture(log: FitLog) -> Figure:
 
 class LiveCurve:
     "Show a log as a picture that is replaced in place; outside a notebook do nothing."
-    pause = 5.0   # seconds between two pictures, each of which takes about a tenth of one; a hundredth of the time gone in long runs
-    def __init__(self): self.start, self.due, self.shown = time.perf_counter(), 0.0, None
+    pause, share = 5.0, 50   # seconds between two pictures, and at least so many times what one took: drawing is a fiftieth of a run, at most
+    def __init__(self): self.due, self.shown = 0.0, None
     def __call__(self, log: FitLog):
         now = time.perf_counter()
         if now < self.due or not is_in_notebook(): return
@@ -191,7 +191,7 @@ class LiveCurve:
         picture = Image(png.getvalue())
         if self.shown: self.shown.update(picture)
         else: self.shown = display(picture, display_id=True)
-        self.due = now + max(self.pause, (now - self.start) / 100)
+        self.due = (done := time.perf_counter()) + max(self.pause, self.share * (done - now))
     def close(self):
         "Take the picture away: a finished log is drawn once, with all there is to see."
         if self.shown: self.shown.update(HTML(""))

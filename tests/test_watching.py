@@ -246,7 +246,7 @@ def test_reporters(monkeypatch, capsys, tmp_path):
 SETUP = """
 import embedlab.watching as w
 from types import SimpleNamespace as N
-w.LiveCurve.pause, drawn, picture = 0, [], w.live_picture
+w.LiveCurve.pause, w.LiveCurve.share, drawn, picture = 0, 0, [], w.live_picture
 w.live_picture = lambda log: drawn.append(log) or picture(log)
 def run():
     watch, state = w.Watch(w.FitLog(steps=20, batch=4, chance=1.4)), N(max_steps=20, global_step=0, log_history=[], is_world_process_zero=True)
