@@ -17,7 +17,7 @@ from typing import get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from .config import ChooseConfig, InputError, Names, RunConfig, Similarity, SolveConfig
+from .config import DRIVERS, InputError, Names, Similarity
 from .records import LEADING, Record, mark, read_record, runs, runs_folder
 from .significance import Delta, compare, correct, over_seeds
 
@@ -84,8 +84,7 @@ def find_runs(names: list[str],               # names, notebooks or globs
 # %% ../nbs/27_comparison.ipynb #34fcc3a3
 def settings(r: Record) -> dict:
     "List the settings that a method consists of."
-    cls = {"train": RunConfig, "choose": ChooseConfig, "solve": SolveConfig}.get(r.kind)
-    defaults = cls().model_dump() if cls else {}   # a record may be older than a setting
+    defaults = DRIVERS[r.kind]().model_dump() if r.kind in DRIVERS else {}   # a record may be older than a setting
     return {k: v for k, v in (defaults | r.params).items() if k not in ("seed", "run", "preset", "fresh")}
 
 def evaluated(r: Record) -> dict[str, str]: # sha256 by set

@@ -23,6 +23,7 @@ PARAMETERS = [
     ({"epoch": 5}, "unknown parameter 'epoch'; did you mean 'epochs'?"),
     ({"lr": -1}, "lr must be greater than 0, not -1"),
     ({"frobnicate": 1}, "unknown parameter 'frobnicate'; known are run, preset, split"),
+    ({"test_steps": 8}, "unknown parameter 'test_steps'; it belongs to nbs/solve.ipynb"),
     ({"epochs": 0}, "epochs must be at least 1, not 0"),
     ({"epochs": "five"}, "epochs: input should be a valid integer"),
     ({"batch_size": 1}, "batch_size must be at least 2, not 1"),
