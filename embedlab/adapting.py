@@ -255,7 +255,7 @@ def overlap(log: FitLog | None) -> dict | None:
 
 def summary(sets: dict[str, list[Task]], results: dict[str, list[dict]], # after
             before: dict[str, list[dict]] | None = None) -> dict:
-    "Sum up for a record what became of the tasks: who failed and why, what was no grid, and what each family's share is."
+    "Sum up for a record what became of the tasks: who failed and why, what was no grid, what each family's share is, and the attempts, which the tasks of the same settings can be drawn with."
     every = [(name, t, r) for name, tasks in sets.items() for t, r in zip(tasks, results[name])]
     losses = [r["loss"] for *_, r in every if r["loss"]]
     families = {}
@@ -265,6 +265,7 @@ def summary(sets: dict[str, list[Task]], results: dict[str, list[dict]], # after
                 if t.family: families.setdefault(t.family, {}).setdefault("before" if part is before else "after", []).append(score_task(t, r)[0])
     return {"failed": [[name, t.name, r["failed"]] for name, t, r in every if r["failed"]], "answers": sum(r["answers"] for *_, r in every), "invalid": sum(r["invalid"] for *_, r in every),
             "by_family": {f: {"tasks": len(v["after"])} | {k: sum(x) for k, x in v.items()} for f, v in families.items()},
+            "attempts": {name: [x["attempts"] for x in results[name]] for name in sets},
             "test_loss": [round(float(np.mean(x)), 4) for x in zip(*losses)] if losses else None, "seconds": round(sum(r["seconds"] for *_, r in every), 1)}
 
 def before_is(cfg: SolveConfig) -> str | None: # None where one model is only measured
