@@ -30,14 +30,16 @@ class Pairs(Rows):
     "Hold the tokenised rows of several training sets, counted one set after another."
     def __init__(self, model: SentenceTransformer,
                  sets: list[tuple],  # of each: rows (anchor, positive, negatives, score; label = [query, document]), all known pairs, and how many of the last columns were mined
-                 teacher: Callable | None = None # (texts, prompt's kind) → (texts, width) what a teacher makes of them
+                 teacher: Callable | None = None, # (texts, prompt's kind) → (texts, width) what a teacher makes of them
+                 read: Callable | None = None     # likewise, what a frozen base makes of them: then they are not read again
                 ):
-        self.model, self.columns, self.codes, self.labels, self.scores, self.targets, known = model, [], [], [], [], [], []
+        self.model, self.columns, self.codes, self.labels, self.scores, self.targets, self.vectors, known = model, [], [], [], [], [], [], []
         for rows, judged, mined in sets:
             names = [c for c in rows.column_names if c not in ("label", "score")]
             texts = {c: list(rows[c]) for c in names}
             self.scores.append(np.array(rows["score"], np.float32) if "score" in rows.column_names else None)
             self.targets.append(np.stack([teacher(texts[c], "query" if c == "anchor" else "document") for c in names]) if teacher else None)   # (columns, rows, width)
+            self.vectors.append(np.stack([read(texts[c], "query" if c == "anchor" else "document") for c in names]) if read else None)
             self.columns.append([tokenised(model, texts[c], self.prompt(c)) for c in names])
             self.codes.append(text_codes(*(texts[c] for c in names[:len(names) - mined])))   # mined ones have numbers, so the loss knows them
             number = dict(zip(judged["positive"], (d for _, d in judged["label"]))) if "positive" in names else {}
@@ -62,7 +64,8 @@ class Pairs(Rows):
         "Lay a batch out for the model."
         s = self.set_of(rows)
         at = np.array(rows) - self.starts[s]
-        features = [features_of(self.model, [c[i] for i in at]) for c in self.columns[s]]
+        if self.vectors[s] is not None: features = [{"sentence_embedding": torch.from_numpy(v[at])} for v in self.vectors[s]]
+        else: features = [features_of(self.model, [c[i] for i in at]) for c in self.columns[s]]
         if self.hidden_prompt:   # pooling leaves the prompt's tokens out and must know how many there are
             for f, p in zip(features, ["anchor"] + ["positive"] * len(features)): f["prompt_length"] = len(tokenised(self.model, [self.prompt(p)])[0]) - 1
         label = self.labels[s] if self.scores[s] is None else self.scores[s][:, None]

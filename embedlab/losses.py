@@ -73,6 +73,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         self.model, self.temperature, self.widths, self.micro_batch, self.gather, self.similarity = model, temperature, list(widths), micro_batch, gather, similarity
         pairs = torch.tensor([*(labels or ())], dtype=torch.int64).reshape(-1, 2)
         self.register_buffer("known", torch.unique(pairs[:, 0] << 32 | pairs[:, 1]), persistent=False)
+        self.above = ()   # the model's last steps, where all below them is frozen and batches hold what it made of the texts
         self.masked = 0   # false negatives kept out of the last batch; a tensor later, so that nothing waits for the GPU
 
     def mask(self, labels: Tensor,  # (batch, 2 or more) query, document, and numbers of explicit negatives where they are known
@@ -83,7 +84,11 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
         return self.known[torch.searchsorted(self.known, pairs).clamp(max=len(self.known) - 1)] == pairs
 
     def embed(self, features: list[dict]) -> list[Tensor]: # (batch, width) of each column
-        "Embed the columns, in one pass where they are packed."
+        "Embed the columns, in one pass where they are packed or were read before."
+        if "sentence_embedding" in features[0]:
+            out = torch.cat([f["sentence_embedding"] for f in features])
+            for step in self.above: out = step({"sentence_embedding": out})["sentence_embedding"]
+            return out.split([len(f["sentence_embedding"]) for f in features])
         if not all("cu_seq_lens_q" in f and "prompt_length" not in f for f in features):   # prompts of two lengths can't be left out of one pass
             return [self.model(dict(f))["sentence_embedding"] for f in features]   # modules write into it, and a batch may be tried again
         return self.model(join(features))["sentence_embedding"].split([len(f["cu_seq_lens_q"]) - 1 for f in features])
@@ -109,7 +114,7 @@ class ContrastiveLoss(CachedLossMixin, nn.Module):
 
     def forward(self, features: list[dict], labels: Tensor | None = None) -> Tensor:
         features = list(features)
-        rows = len(features[0].get("cu_seq_lens_q", features[0]["input_ids"])) - ("cu_seq_lens_q" in features[0])
+        rows = next(len(features[0][k]) for k in ("sentence_embedding", "cu_seq_lens_q", "input_ids") if k in features[0]) - ("cu_seq_lens_q" in features[0])
         if self.micro_batch and self.micro_batch < rows: return self.forward_cached(features, labels)
         return self.calculate_loss([[e] for e in self.embed(features)], labels)
 

@@ -8,6 +8,7 @@ __all__ = ['planned_steps', 'warmup_steps', 'dev_loss', 'Interrupted', 'stoppabl
 # %% ../nbs/24_trainer.ipynb #99e3fb11
 import contextlib, json, math, os, shutil, signal, socket, tempfile, threading, warnings
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +27,10 @@ from .batches import Batches
 from .checkpoints import about, last_checkpoint, named_checkpoint, save_model, step_of
 from .config import InputError, RunConfig
 from .data import Retrieval
-from .encoding import EmbeddingCache, encode
+from .encoding import Bar, EmbeddingCache, encode, last_steps
 from .engine import Average, Engine, Pairs, best_check, load_weights, return_memory, used_up
 from .evaluation import Scores, evaluate
+from .experts import experts_of
 from .losses import info_nce
 from .mining import mine
 from .models import Machine, load_model, machine, set_dropout, weights_hash
@@ -123,7 +125,7 @@ def live(e: Engine) -> dict:
             "max_grad_norm": e.args.max_grad_norm, "accumulate": e.args.gradient_accumulation_steps,
             "batch": e.batches.batch_size, "batches": len(e.batches), "mix": e.batches.mix, "mix_temperature": e.batches.temperature, "sort_window": e.batches.window, "order_seed": e.batches.seed,
             "rows": len(e.data), "columns": [len(c) for c in e.data.columns], "tokens": e.model.max_seq_length, "cut": e.data.cut, "processes": e.args.world_size,
-            "scored": [s is not None for s in e.data.scores], "taught": any(t is not None for t in e.data.targets),
+            "read_once": any(v is not None for v in e.data.vectors), "scored": [s is not None for s in e.data.scores], "taught": any(t is not None for t in e.data.targets),
             "loss": type(loss).__name__, **loss.get_config_dict(), "dropout": p, "average": e.average.decay if e.average else None,
             "attention": getattr(getattr(body, "config", None), "_attn_implementation", None), "precision": e.accelerator.mixed_precision,
             "gradient_checkpointing": bool(getattr(getattr(body, "auto_model", None), "is_activation_checkpointing", False)), "compiled": e.args.torch_compile,
@@ -185,6 +187,19 @@ def _teacher(cfg: RunConfig, on: Machine, student: SentenceTransformer):
     cache = EmbeddingCache(model, on)
     return lambda texts, kind: encode(model, texts, kind, on, cache=cache)
 
+def _reader(model, cfg: RunConfig, on: Machine, folder: Path, fingerprint: str):
+    "Read each text once where what reads it is frozen and draws no random numbers; what it made of them is kept, so that a resumed run trains on the same."
+    if cfg.tune != "head" or cfg.dropout or cfg.micro_batch or cfg.remine or cfg.processes > 1 or experts_of(model): return None
+    base, number = last_steps(model)[0], count()
+    cache = EmbeddingCache(base, on)
+    def read(texts, kind):
+        path = folder / f"read-{fingerprint}-{next(number)}.npy"
+        if not path.exists():
+            with open(part := path.with_suffix(".part"), "wb") as f: np.save(f, encode(base, texts, kind, on, length_one=False, cache=cache, progress=Bar("training texts read once")))
+            part.replace(path)
+        return np.load(path)
+    return read
+
 def _regulariser(model, cfg: RunConfig) -> IsotropyLoss | None:
     if not (cfg.isotropy or cfg.std_weight): return None
     wide = cfg.head and [m for m in model if isinstance(m, Dense)][-1].in_features
@@ -193,7 +208,8 @@ def _regulariser(model, cfg: RunConfig) -> IsotropyLoss | None:
 
 def _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, resume, wish) -> FitLog:
     teacher = _teacher(cfg, on, model)
-    data = Pairs(model, rows, teacher)
+    read = _reader(model, cfg, on, folder, fingerprint)
+    data = Pairs(model, rows, teacher, read)
     codes = data.codes if cfg.guard else [np.arange(c.size).reshape(c.shape) for c in data.codes]   # unguarded, no two texts count as equal
     batches = Batches(codes, cfg.batch_size, cfg.seed, cfg.mix, cfg.mix_temperature, data.lengths, cfg.sort_window, [s.name for s in sets])
     steps = planned_steps(len(batches), cfg)
@@ -201,6 +217,7 @@ def _run(model, sets, rows, cfg, folder, dev, fingerprint, on, kernel, limit, re
     log = FitLog(steps=steps, chance=0.0 if cfg.teacher or columns < 2 or any(s is not None for s in data.scores) else chance_level(cfg.batch_size, columns - 1), batch=cfg.batch_size, resumed_from=step_of(resume) if resume else None)
     loss = TrainingLoss(model, cfg.temperature, data.known.tolist() if cfg.guard else None, cfg.matryoshka, about(resume)["micro_batch"] if resume else cfg.micro_batch, gather=cfg.processes > 1,
                         teacher_weight=cfg.teacher_weight if cfg.teacher else 0.0, balance=cfg.balance, score_temperature=cfg.score_temperature, isotropy=_regulariser(model, cfg), similarity=cfg.similarity)
+    if read: loss.above = last_steps(model)[1]
     tester = _Dev(dev, on, limit, cfg)
     groups = parameter_groups(model, cfg)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=on.device in ("cpu", "cuda"))

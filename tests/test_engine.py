@@ -34,7 +34,8 @@ VARIANTS = {
     "lora, two sets, accumulation, early stopping": dict(tune="lora", lora_rank=4, lora_dropout=0.1, accumulate=2, patience=3, checks=8, final="best", mix="temperature"),
     "average, micro-batches, head, Matryoshka": dict(ema=0.9, micro_batch=2, head=16, matryoshka=[8], head_lr=5e-3, schedule="cosine"),
     "SIGReg and a head that keeps its length": dict(isotropy="sigreg", isotropy_slices=16, head=16, unit_length=False, similarity="euclidean", temperature=1.0),
-    "negatives mined anew": dict(negatives=2, mine_from=1, mine_to=30, remine=True, epochs=3)}
+    "negatives mined anew": dict(negatives=2, mine_from=1, mine_to=30, remine=True, epochs=3),
+    "a frozen base that reads once": dict(tune="head", head=16, dropout=0.0)}
 SERVER = multiprocessing.get_context("forkserver")   # children are real processes, forked from one that has only imported
 SERVER.set_forkserver_preload(["embedlab.trainer", "embedlab.collections"])
 
@@ -119,7 +120,7 @@ def killed_and_continued(tmp_path, model, data, settings, times: int, seed: int 
     return lines
 
 
-@pytest.mark.parametrize("name, times", [*zip(VARIANTS, (3, 3, 1, 1, 1))])
+@pytest.mark.parametrize("name, times", [*zip(VARIANTS, (3, 3, 1, 1, 1, 1))])
 def test_killed(name, times, tmp_path, tiny_model, two):
     lines = killed_and_continued(tmp_path, tiny_model, two if "sets" in name else two[:1], VARIANTS[name], times, seed=len(name))
     assert all("equal" in x for x in lines), "\n".join(lines)
@@ -387,6 +388,28 @@ def test_a_frozen_encoder_is_shown_not_to_have_moved(tiny_model, two, tmp_path, 
         after = evaluate(model, [sets[0].dev], cache=True)[0]
         assert base.encoded > 0 == after.encoded and not np.array_equal(base.d, after.d)
         assert np.allclose(after.d, unit(model.encode([*sets[0].dev.documents.values()], prompt=(model.prompts or {}).get("document"))), atol=1e-2)
+
+
+def test_a_frozen_base_reads_each_text_once(tiny_model, two, tmp_path, monkeypatch):
+    "Steps are the same as where it reads them again and again, and a run that is continued asks it for nothing."
+    monkeypatch.setenv("EMBEDLAB_CACHE", str(tmp_path / "cache"))
+    sets, logs, read = training_sets([str(d) for d in two]), {}, []
+    for name, more in {"once": {}, "each time": dict(micro_batch=8)}.items():   # a micro-batch of the whole batch changes nothing else
+        cfg = make_config(**BASE | dict(tune="head", head=16, dropout=0.0, precision="fp32", negatives=2, mine_from=1, mine_to=20, max_steps=8) | more)
+        model = load_model(str(tiny_model))
+        model[0].register_forward_pre_hook(lambda *a: read.append(name) if model.training else None)
+        logs[name] = fit(model, sets, cfg, tmp_path / name, [], "x")
+        logs[name].engine["head"] = model[-1].linear.weight.detach().clone()
+    once, again = logs.values()
+    assert {*read} == {"each time"} and (once.engine["read_once"], again.engine["read_once"]) == (True, False)
+    assert [x for _, x in once.loss] == pytest.approx([x for _, x in again.loss], rel=1e-3) and torch.allclose(once.engine["head"], again.engine["head"], atol=1e-3)
+    assert len({x for _, x in once.loss}) == 8 and not torch.allclose(once.engine["head"], torch.nn.init.zeros_(torch.empty(16, 32)))
+    read.clear(); shutil.rmtree(tmp_path / "cache")
+    checkpoints(tmp_path / "once")[0].rename(tmp_path / "gone")
+    model = load_model(str(tiny_model))
+    model[0].register_forward_pre_hook(lambda *a: read.append("resumed"))
+    log = fit(model, sets, make_config(**BASE | dict(tune="head", head=16, dropout=0.0, precision="fp32", negatives=2, mine_from=1, mine_to=20, max_steps=8)), tmp_path / "once", [], "x")
+    assert 0 < log.resumed_from < 8 and torch.equal(model[-1].linear.weight, once.engine["head"])
 
 
 def test_each_set_has_its_own_rate(tiny_model, two, tmp_path):
