@@ -105,4 +105,7 @@ def test_executed_again_it_says_the_same(path):
     nb, again = nbformat.read(path, 4), nbformat.read(path, 4)
     NotebookClient(again, timeout=1200, resources={"metadata": {"path": str(path.parent)}}).execute()
     shown = lambda nb: [re.sub("T_[0-9a-f]+", "", o["data"].get("text/html", o["data"]["text/plain"])) for c in nb.cells if c.cell_type == "code" for o in c.outputs if "data" in o and "image/png" not in o["data"]]
-    assert shown(again) == shown(nb)
+    figure = r"\d*\.\d{4,}"   # those with four places and more hang on the precision that a processor computes in
+    assert [re.sub(figure, "#", x) for x in shown(again)] == [re.sub(figure, "#", x) for x in shown(nb)]
+    of = lambda nb: [float(v) for x in shown(nb) for v in re.findall(figure, x)]
+    assert of(again) == pytest.approx(of(nb), abs=2e-4)
