@@ -99,6 +99,26 @@ def test_recipes_shows_its_runs():
         assert len(said) >= 3 and said <= shown
 
 
+def test_isotropy_shows_its_runs():
+    "Differences of the mean over four sets, worked out again from the records; each run was scored on test once, and what was frozen did not move."
+    page, sets = ROOT / "nbs/labs/001_isotropy.ipynb", ("scifact", "pydocs", "cranfield", "cisi")
+    runs = {}
+    for p in sorted(ROOT.glob("runs/isotropy-test-*.ipynb")): runs.setdefault(re.sub(r"-s\d+$", "", p.stem.removeprefix("isotropy-test-")), []).append(read_record(p))
+    for name, records in runs.items():
+        assert {r.params["preset"] for r in records} == {f"isotropy/{name}"} and {r.tested_before for r in records} == {0} and not any(r.leaks["allowed"] for r in records)
+        for r in records:
+            h = r.engine["encoder_sha256"]
+            assert (h["before"] == h["after"]) == (r.params["tune"] == "head") and r.model["trainable"] == r.engine["trainable"]
+    mean = lambda records, when, d: np.mean([[getattr(r, when)[f"{s}/ndcg@10-{d}"] for s in sets] for r in records])
+    rows = [row for t in tables(page) if {"this", "beside that", "distance"} <= t[0].keys() for row in t]
+    assert {"frozen", "linear", "linear-sigreg"} <= {row["this"] for row in rows}
+    for row in rows:
+        d, that = row["distance"], runs.get(row["beside that"])
+        want = mean(runs[row["this"]], "after", d) - (mean(that, "after", d) if that else mean(runs[row["this"]], "before", d))
+        assert float(row["difference, 95 % interval"].split()[0]) == pytest.approx(want, abs=6e-4), row
+        assert row["seeds"] == "3"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", LABS, ids=lambda p: p.stem)
 def test_executed_again_it_says_the_same(path):
