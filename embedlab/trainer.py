@@ -195,8 +195,11 @@ def _reader(model, cfg: RunConfig, on: Machine, folder: Path, fingerprint: str):
     def read(texts, kind):
         path = folder / f"read-{fingerprint}-{next(number)}.npy"
         if not path.exists():
-            with open(part := path.with_suffix(".part"), "wb") as f: np.save(f, encode(base, texts, kind, on, length_one=False, cache=cache, progress=Bar("training texts read once")))
-            part.replace(path)
+            vectors = encode(base, texts, kind, on, length_one=False, cache=cache, progress=Bar("training texts read once"))
+            try:
+                with open(part := path.with_suffix(".part"), "wb") as f: np.save(f, vectors)
+                part.replace(path)
+            except OSError as e: raise InputError(f"{path} can't be written ({e.strerror or e}); free some space or point EMBEDLAB_RUNS elsewhere") from None
         return np.load(path)
     return read
 
