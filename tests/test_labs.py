@@ -117,6 +117,12 @@ def test_isotropy_shows_its_runs():
         want = mean(runs[row["this"]], "after", d) - (mean(that, "after", d) if that else mean(runs[row["this"]], "before", d))
         assert float(row["difference, 95 % interval"].split()[0]) == pytest.approx(want, abs=6e-4), row
         assert row["seeds"] == "3"
+    stand = {x for t in tables(page) for row in t for v in row.values() for x in re.findall(r"\.\d{3}(?!\d)", v)}
+    conclusion = re.split("^## ", "\n".join(c.source for c in nbformat.read(page, 4).cells), flags=re.M)[-3]
+    readme = next(line for line in (ROOT / "README.md").read_text().splitlines() if "nbs/labs/001_isotropy.ipynb" in line)
+    for prose in (conclusion, readme):
+        said = re.findall(r"(?<!\d)\.\d{3}(?!\d)", prose)
+        assert len(said) >= 4 and {*said} <= stand, "typed figures are the tables'"
 
 
 @pytest.mark.slow
