@@ -101,10 +101,10 @@ def small(tiny_model, toy) -> dict:
     return {"base": tiny_model, "train": toy, "evaluate": toy, "epochs": 2, "batch_size": 16, "precision": "fp32", "lr": 1e-3}
 
 
-def measures_speed(page: Path) -> bool: # an executed bench.ipynb, which compares no models and so keeps no record
-    return "BenchConfig" in page.read_text()
+def looks_at_the_machine(page: Path) -> bool: # an executed bench.ipynb or preflight.ipynb, which compares no models and so keeps no record
+    return any(x in page.read_text() for x in ("BenchConfig", "PreflightConfig"))
 
 
-def keeps_record(page: Path) -> bool: # the executed notebook of a run, neither of a comparison nor of a measurement of speed
+def keeps_record(page: Path) -> bool: # the executed notebook of a run, neither of a comparison nor of a look at the machine
     from embedlab.comparison import is_comparison
-    return not (is_comparison(page) or measures_speed(page))
+    return not (is_comparison(page) or looks_at_the_machine(page))

@@ -111,7 +111,7 @@ def test_isotropy_shows_its_runs():
             assert (h["before"] == h["after"]) == (r.params["tune"] == "head") and r.model["trainable"] == r.engine["trainable"]
     mean = lambda records, when, d: np.mean([[getattr(r, when)[f"{s}/ndcg@10-{d}"] for s in sets] for r in records])
     rows = [row for t in tables(page) if {"this", "beside that", "distance"} <= t[0].keys() for row in t]
-    assert {"frozen", "linear", "linear-sigreg"} <= {row["this"] for row in rows}
+    assert {"baseline", "isotropic", "std-alone", "frozen", "linear", "linear-sigreg"} <= {row["this"] for row in rows}
     for row in rows:
         d, that = row["distance"], runs.get(row["beside that"])
         want = mean(runs[row["this"]], "after", d) - (mean(that, "after", d) if that else mean(runs[row["this"]], "before", d))
@@ -123,6 +123,16 @@ def test_isotropy_shows_its_runs():
     for prose in (conclusion, readme):
         said = re.findall(r"(?<!\d)\.\d{3}(?!\d)", prose)
         assert len(said) >= 4 and {*said} <= stand, "typed figures are the tables'"
+
+
+def test_the_preflight_foretold_what_runs_took():
+    "Three presets, two later seeds of each: their whole time within 30 % of what was measured in a minute before."
+    foretold = {row["preset"]: float(row["minutes"]) for t in tables(ROOT / "runs/preflight-isotropy.ipynb") if "minutes" in t[0] for row in t}
+    assert len(foretold) == 3
+    for preset, minutes in foretold.items():
+        for seed in (1, 2):
+            taken = read_record(ROOT / f"runs/isotropy-test-{preset.removeprefix('isotropy/')}-s{seed}.ipynb").speed["seconds"] / 60
+            assert 0.7 < minutes / taken < 1.3, f"{preset}, seed {seed}: {taken:.1f} minutes, {minutes} foretold"
 
 
 @pytest.mark.slow

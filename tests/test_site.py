@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from conftest import ROOT, measures_speed
+from conftest import ROOT, looks_at_the_machine
 
 
 def of_kind(run: str) -> str: return re.sub(r"(-[a-z_]+(\d[\d.e-]*|True|False))*-s\d+$", "", run)   # without the values of a grid, and the seed
@@ -43,8 +43,8 @@ def test_runs_keep_their_record_and_pictures(processed):
     from embedlab.comparison import COMPARISON, is_comparison, read_outputs
     from embedlab.records import MIME, read_record
     for p in RUNS:
-        if measures_speed(p):
-            assert len(read_outputs(processed / p.relative_to(ROOT), "image/png")) == len(read_outputs(p, "image/png")) >= 2
+        if looks_at_the_machine(p):
+            for mime in ("image/png", "text/html"): assert len(read_outputs(processed / p.relative_to(ROOT), mime)) == len(read_outputs(p, mime)) >= (0 if "preflight" in p.stem and mime == "image/png" else 2)
             continue
         page, r = processed / p.relative_to(ROOT), None if is_comparison(p) else read_record(p)
         kind, pictures = (MIME, 1 if r.kind == "evaluate" or not r.model["trainable"] else 4 if any(k.endswith("/ndcg@10") for k in r.after) else 2) if r else (COMPARISON, 2)   # without a ranking there are no queries and no map to draw
@@ -68,7 +68,7 @@ def test_leaderboard_holds_every_run(processed):
     text = (processed / "runs/leaderboard.md").read_text()
     assert text.startswith("```{=html}\n") and text.count("```") == 2
     index = (processed / "runs/index.qmd").read_text()
-    for p in ROOT.glob("runs/*.ipynb"): assert f"[{p.stem}]({p.name})" in index if measures_speed(p) else f'href="{p.stem}.html"' in text or f"[{p.stem}]({p.name})" in text
+    for p in ROOT.glob("runs/*.ipynb"): assert f"[{p.stem}]({p.name})" in index if looks_at_the_machine(p) else f'href="{p.stem}.html"' in text or f"[{p.stem}]({p.name})" in text
     steps = subprocess.run(["make", "-n", "-o", "setup", "site"], cwd=ROOT, capture_output=True, text=True).stdout
     assert 0 < steps.index("write_leaderboard('runs')") < steps.index("nbdev_docs")
 
