@@ -90,13 +90,14 @@ class EvaluateConfig(Measuring):
     fresh: bool = Field(False, description="Encode every text anew instead of taking embeddings from the cache")
     control: Literal["center", "whiten", "pca"] | None = Field(None, description="Change the model by what is counted, without training: take the mean away, make all directions as wide, or keep the widest; without one, not")
     counted_on: Names = Field([], description="Sets on whose training texts the control is counted")
+    count_documents: bool = Field(False, description="Count on the documents of those sets instead: what is to be searched, which needs no query and no judgement")
     control_width: int | None = Field(None, ge=2, description="Directions that the control keeps; all without")
     unit_length: bool = Field(True, description="Keep the model's last step that scales embeddings to length 1")
 
     @model_validator(mode="after")
     def _counted(self) -> "EvaluateConfig":
         if self.control and not self.counted_on: raise ValueError("control: there are no texts to count on; give training sets with counted_on")
-        if not self.control and (self.counted_on or self.control_width): raise ValueError("counted_on, control_width: nothing is counted; give control, or leave them out")
+        if not self.control and (self.counted_on or self.control_width or self.count_documents): raise ValueError("counted_on, count_documents, control_width: nothing is counted; give control, or leave them out")
         return self
 
 class Starting(Measuring):

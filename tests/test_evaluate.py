@@ -73,6 +73,13 @@ def test_any_model_on_any_set(papermill, small, tiny_model, toy, pairs, topics, 
     ndcg = lambda similarity: ranking_metrics(gains_of(data, rank(data, q, d, similarity=similarity)), judged_of(data))["ndcg@10"].mean()
     got = centred.record().after
     assert got["toy/ndcg@10"] == pytest.approx(ndcg("cosine"), abs=1e-6) != r.after["toy/ndcg@10"] and got["toy/ndcg@10-euclidean"] == pytest.approx(ndcg("euclidean"), abs=1e-6)
+    # and that of what is searched
+    own = papermill("own", driver="evaluate", **common | {"control": "center", "counted_on": toy, "count_documents": True, "evaluate": toy})
+    assert own.code == 0, own.text
+    assert f"counted on {len({*data.documents.values()})} documents" in own.text
+    mean = base.encode([*{*data.documents.values()}]).mean(0)
+    q, d = (base.encode([*x.values()]) - mean for x in (data.queries, data.documents))
+    assert own.record().after["toy/ndcg@10"] == pytest.approx(ndcg("cosine"), abs=1e-6)
     with pytest.raises(InputError, match="control: there are no texts to count on"): start({"control": "center"}, EvaluateConfig)
     with pytest.raises(InputError, match="nothing is counted"): start({"counted_on": "pydocs"}, EvaluateConfig)
 
