@@ -295,7 +295,10 @@ def documents_of(names: list[str] # as for `load`
                 ) -> list[str]:
     "List every document of sets, or every text of pairs, to count words in: nothing of it is trained on."
     out = []
-    for data in (load(n, "train") for n in names):
+    for name in names:
+        try: data = load(name, "train")
+        except MissingSplit:
+            if not isinstance(data := load(name), Retrieval): raise   # documents are the same in every split; texts are not
         out += data.documents.values() if isinstance(data, Retrieval) else [t for c in data.column_names if c not in ("label", "score") for t in data[c]]
     return out
 

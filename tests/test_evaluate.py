@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, write_beir
 from datasets import Dataset
 
-from embedlab.collections import GROUPS, clean_parts, evaluation_suites, find_overlap, load, training_sets
+from embedlab.collections import GROUPS, clean_parts, documents_of, evaluation_suites, find_overlap, load, training_sets
 from embedlab.config import EvaluateConfig, InputError, make_config
 from embedlab.data import check
 from embedlab.encoding import EmbeddingCache, encode
@@ -43,6 +43,12 @@ def topics(tmp_path):
         rows = [f"{k}\t{' '.join(rng.choices(words[k], k=5))} {i}" for i in range(n) for k in [rng.choice([*words])]]
         (home / f"{split}.tsv").write_text("label\ttext\n" + "\n".join(rows) + "\n")
     return home
+
+
+def test_documents_are_the_same_in_every_split(toy):
+    every = documents_of([str(toy)])
+    (toy / "qrels" / "train.tsv").unlink()
+    assert len(every) == 120 and documents_of([str(toy)]) == every
 
 
 def test_any_model_on_any_set(papermill, small, tiny_model, toy, pairs, topics, monkeypatch):
