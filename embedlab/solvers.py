@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['lora_config', 'alike', 'add_adapter', 'trained', 'Solver', 'answer_loss', 'Start', 'chain_of', 'refuse_learned',
-           'begin', 'described_model', 'rate_at', 'groups_of', 'Muon32', 'MuonAdamW', 'optimizer_for', 'fit_solver',
-           'live', 'frozen_hash', 'save_solver', 'fit_solver_once']
+           'begin', 'described_model', 'rate_at', 'groups_of', 'BatchedMuon', 'MuonAdamW', 'optimizer_for',
+           'fit_solver', 'live', 'frozen_hash', 'save_solver', 'fit_solver_once']
 
 # %% ../nbs/42_solvers.ipynb #4bd0cadf
 import contextlib, hashlib, json, math, shutil, warnings
@@ -170,27 +170,34 @@ def groups_of(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     for n, p in trained(model).items(): groups.setdefault(n in decayed, []).append(p)
     return [{"params": ps, "weight_decay": weight_decay if on else 0.0} for on, ps in groups.items()]
 
-class Muon32(torch.optim.Muon):
-    "Take the steps of PyTorch's Muon in float32, for processors that emulate its bfloat16."
+def _lying(x: Tensor) -> Tensor: return x.T if x.shape[0] > x.shape[1] else x   # wider than tall; twice gives the matrix back where its shape does
+
+class BatchedMuon(torch.optim.Muon):
+    "Take the steps of PyTorch's Muon for all matrices of one shape together; in float32 where a processor only emulates bfloat16."
+    def __init__(self, params, bf16: bool, **kw):
+        super().__init__(params, **kw); self.kind = torch.bfloat16 if bf16 else torch.float32
+    def _pull(self, p, g) -> Tensor: # gradient and momentum (Nesterov)
+        past = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 1 - g["momentum"])
+        return p.grad.lerp(past, g["momentum"])
     @torch.no_grad()
     def step(self, closure=None):
         for g in self.param_groups:
-            for p in g["params"]:
-                past = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 1 - g["momentum"])
-                (a, b, c), tall = g["ns_coefficients"], p.shape[0] > p.shape[1]
-                x = p.grad.lerp(past, g["momentum"])
-                x = (x.T if tall else x) / x.norm().clamp(min=g["eps"])
+            alike, (a, b, c) = {}, g["ns_coefficients"]
+            for p in g["params"]: alike.setdefault(_lying(p).shape, []).append(p)
+            for ps in alike.values():
+                x = torch.stack([_lying(self._pull(p, g)) for p in ps]).to(self.kind)   # (matrices, rows, columns)
+                x /= x.norm(dim=(1, 2), keepdim=True).clamp(min=g["eps"])
                 for _ in range(g["ns_steps"]):
-                    gram = x @ x.T
-                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-                p.mul_(1 - g["lr"] * g["weight_decay"]).add_(x.T if tall else x, alpha=-g["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+                    gram = x @ x.mT
+                    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+                for p, u in zip(ps, x): p.mul_(1 - g["lr"] * g["weight_decay"]).add_(u if u.shape == p.shape else u.T, alpha=-g["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 class MuonAdamW(torch.optim.Optimizer):
-    "Move matrices by PyTorch's Muon and all else by AdamW, as one optimizer."
+    "Move matrices by Muon and all else by AdamW, as one optimizer."
     def __init__(self, matrices: list, rest: list[dict], # parameters, and AdamW's groups
                  matrix_lr: float, lr: float, weight_decay: float, fused: bool, bf16: bool):
         super().__init__([*matrices, *(p for g in rest for p in g["params"])], {})
-        self.both = (torch.optim.Muon if bf16 else Muon32)(matrices, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="original"), torch.optim.AdamW(rest, lr=lr, fused=fused)
+        self.both = BatchedMuon(matrices, bf16, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="original"), torch.optim.AdamW(rest, lr=lr, fused=fused)
         self._join()
     def _join(self): self.param_groups = [g for o in self.both[::-1] for g in o.param_groups]   # the very same ones, so that a schedule sets both; AdamW's first, whose rate is the one that is watched
     @torch.no_grad()
