@@ -9,8 +9,10 @@ from bs4 import BeautifulSoup
 from nbclient import NotebookClient
 
 from conftest import ROOT
+from embedlab.adapting import puzzle_sets, score_task
 from embedlab.comparison import CompareConfig, compare_runs, read_outputs
-from embedlab.config import make_config
+from embedlab.config import SolveConfig, make_config
+from embedlab.families import HELD_OUT
 from embedlab.records import read_record
 
 LABS = sorted(ROOT.glob("nbs/labs/*.ipynb"))
@@ -133,6 +135,35 @@ def test_the_preflight_foretold_what_runs_took():
         for seed in (1, 2):
             taken = read_record(ROOT / f"runs/isotropy-test-{preset.removeprefix('isotropy/')}-s{seed}.ipynb").speed["seconds"] / 60
             assert 0.7 < minutes / taken < 1.3, f"{preset}, seed {seed}: {taken:.1f} minutes, {minutes} foretold"
+
+
+def test_puzzles_shows_its_runs():
+    "Attempts score again what the records say; what is called held out was in no stage's training; the four in five and the fifteen points are there; figures in the prose are the tables'."
+    page = ROOT / "nbs/labs/002_puzzles.ipynb"
+    runs = {p.stem: read_record(p) for p in sorted(ROOT.glob("runs/puzzles*.ipynb"))}
+    tests = {n: r for n, r in runs.items() if r and r.split == "test"}
+    for name, r in tests.items():
+        assert r.status == "completed" and r.tested_before == 0, name
+        assert r.params["preset"].startswith("puzzles/") and not {*HELD_OUT} & {f for s in r.engine["stages"] for f in s["families"]}, name
+        sets = puzzle_sets(make_config(SolveConfig, **r.params))[0] if "arc-agi-1" not in r.params["puzzles"] else {}
+        for s, tasks in sets.items():
+            right = [score_task(t, {"attempts": a})[0] for t, a in zip(tasks, r.engine["attempts"][s])]
+            assert np.mean(right) == pytest.approx(r.after[f"{s}/solved@2"]), name
+    assert runs["puzzles"].after["families:seen/solved@2"] >= 0.8
+    full = [r for n, r in tests.items() if re.fullmatch(r"puzzles-test-full-s\d", n)]
+    gain = [r.delta["families:held-out/solved@2"] for r in full]
+    assert {d["verdict"] for d in gain} == {"better"} and np.mean([d["mean"] for d in gain]) >= 0.15
+    arc = runs["puzzles-arc"]
+    assert (arc.params["max_side"], arc.params["tasks"], arc.params["sample"]) == (12, 60, 0) and len(arc.ids("arc-agi-1/solved@2")) == 60 and not any(s["pairs"] for s in arc.engine["stages"])
+    for n, r in tests.items():
+        h = r.engine.get("frozen_sha256")
+        if r.params["tune"] == "lora" and h: assert h["before"] == h["after"], n
+    stand = {x for t in tables(page) for row in t for v in row.values() for x in re.findall(r"\.\d{3}(?!\d)", v)}
+    conclusion = re.split("^## ", "\n".join(c.source for c in nbformat.read(page, 4).cells), flags=re.M)[-3]
+    readme = next(line for line in (ROOT / "README.md").read_text().splitlines() if "nbs/labs/002_puzzles.ipynb" in line)
+    for prose in (conclusion, readme):
+        said = re.findall(r"(?<!\d)\.\d{3}(?!\d)", prose)
+        assert len(said) >= 4 and {*said} <= stand, "typed figures are the tables'"
 
 
 @pytest.mark.slow
