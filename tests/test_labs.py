@@ -29,6 +29,16 @@ def tables(path) -> list[list[dict[str, str]]]:
     return out
 
 
+def typed_figures_stand(page):
+    "Figures that are typed in the conclusion and in the README's row stand in a table of the page."
+    stand = {x for t in tables(page) for row in t for v in row.values() for x in re.findall(r"\.\d{3}(?!\d)", v)}
+    conclusion = re.split("^## ", "\n".join(c.source for c in nbformat.read(page, 4).cells), flags=re.M)[-3]
+    readme = next(line for line in (ROOT / "README.md").read_text().splitlines() if f"nbs/labs/{page.name}" in line)
+    for prose in (conclusion, readme):
+        said = re.findall(r"(?<!\d)\.\d{3}(?!\d)", prose)
+        assert len(said) >= 4 and {*said} <= stand, "typed figures are the tables'"
+
+
 @pytest.mark.parametrize("path", LABS, ids=lambda p: p.stem)
 def test_a_report_of_an_iteration(path):
     nb = nbformat.read(path, 4)
@@ -119,12 +129,7 @@ def test_isotropy_shows_its_runs():
         want = mean(runs[row["this"]], "after", d) - (mean(that, "after", d) if that else mean(runs[row["this"]], "before", d))
         assert float(row["difference, 95 % interval"].split()[0]) == pytest.approx(want, abs=6e-4), row
         assert row["seeds"] == "3"
-    stand = {x for t in tables(page) for row in t for v in row.values() for x in re.findall(r"\.\d{3}(?!\d)", v)}
-    conclusion = re.split("^## ", "\n".join(c.source for c in nbformat.read(page, 4).cells), flags=re.M)[-3]
-    readme = next(line for line in (ROOT / "README.md").read_text().splitlines() if "nbs/labs/001_isotropy.ipynb" in line)
-    for prose in (conclusion, readme):
-        said = re.findall(r"(?<!\d)\.\d{3}(?!\d)", prose)
-        assert len(said) >= 4 and {*said} <= stand, "typed figures are the tables'"
+    typed_figures_stand(page)
 
 
 def test_the_preflight_foretold_what_runs_took():
@@ -158,12 +163,7 @@ def test_puzzles_shows_its_runs():
     for n, r in tests.items():
         h = r.engine.get("frozen_sha256")
         if r.params["tune"] == "lora" and h: assert h["before"] == h["after"], n
-    stand = {x for t in tables(page) for row in t for v in row.values() for x in re.findall(r"\.\d{3}(?!\d)", v)}
-    conclusion = re.split("^## ", "\n".join(c.source for c in nbformat.read(page, 4).cells), flags=re.M)[-3]
-    readme = next(line for line in (ROOT / "README.md").read_text().splitlines() if "nbs/labs/002_puzzles.ipynb" in line)
-    for prose in (conclusion, readme):
-        said = re.findall(r"(?<!\d)\.\d{3}(?!\d)", prose)
-        assert len(said) >= 4 and {*said} <= stand, "typed figures are the tables'"
+    typed_figures_stand(page)
 
 
 @pytest.mark.slow
