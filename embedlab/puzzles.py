@@ -91,42 +91,43 @@ def solved_needed(tasks: list[Task]):
 # %% ../nbs/38_puzzles.ipynb #098c245a
 PALETTE = "#000000 #0074d9 #ff4136 #2ecc40 #ffdc00 #aaaaaa #f012be #ff851b #7fdbff #870c25".split()   # as ARC's own page draws the colours 0 to 9
 
-def _draw(axes: np.ndarray, # rows and columns of axes
-          pictures: list    # for each of them a grid or None, and its title; fewer leave axes empty
-         ):
-    "Draw grids whose cells are all of one size."
-    h, w = (max([g.shape[k] for g, _ in pictures if g is not None], default=1) for k in (0, 1))
-    for ax in axes.flat: ax.set_axis_off()
-    for ax, (g, title) in zip(axes.flat, pictures):
-        ax.set_title(title, fontsize=8); ax.set(xlim=(0, w), ylim=(h, 0), aspect="equal")
-        if g is None: ax.text(w / 2, h / 2, "no grid", ha="center", va="center", color="0.5", fontsize=8); continue
-        left = (w - g.shape[1]) / 2
-        ax.pcolormesh(left + np.arange(g.shape[1] + 1), np.arange(len(g) + 1), g, cmap=ListedColormap(PALETTE), vmin=0, vmax=9, edgecolors="0.35", linewidth=0.5, clip_on=False)
+def _draw(rows: list[list] # of pictures, a grid (or None) and its title each; None leaves a place empty
+         ) -> Figure:
+    "Draw grids with cells of one size, in rows and columns as large as they need."
+    size = lambda some, k: max([4] + [p[0].shape[k] for p in some if p and p[0] is not None])
+    high, wide = [size(r, 0) for r in rows], [size(c, 1) for c in zip(*rows)]
+    cell = min(0.2, 9 / sum(wide))
+    fig, axes = plt.subplots(len(rows), len(wide), figsize=(cell * sum(wide) + 0.2 * len(wide), cell * sum(high) + 0.35 * len(rows)), layout="constrained", squeeze=False, width_ratios=wide, height_ratios=high)
+    for i, r in enumerate(rows):
+        for j, p in enumerate(r):
+            axes[i, j].set_axis_off(); axes[i, j].set(xlim=(0, wide[j]), ylim=(high[i], 0), aspect="equal", anchor="N")
+            if p is None: continue
+            axes[i, j].set_title(p[1], fontsize=8)
+            if p[0] is None: axes[i, j].text(wide[j] / 2, high[i] / 2, "no grid", ha="center", va="center", color="0.5", fontsize=8); continue
+            h, w = p[0].shape; left = (wide[j] - w) / 2
+            axes[i, j].pcolormesh(left + np.arange(w + 1), np.arange(h + 1), p[0], cmap=ListedColormap(PALETTE), vmin=0, vmax=9, edgecolors="0.35", linewidth=0.5, clip_on=False)
+    plt.close(fig)
+    return fig
 
 def draw_grids(grids: list[Grid | None],       # None: an empty place
                titles: list[str] | None = None,
                columns: int = 8                # in a row of pictures
               ) -> Figure:
     "Draw grids beside each other in ARC's colours."
-    columns = min(columns, len(grids))
-    rows = -(-len(grids) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.5 * rows), layout="constrained", squeeze=False)
-    _draw(axes, [*zip(grids, titles or [""] * len(grids))])
-    plt.close(fig)
-    return fig
+    pictures = [*zip(grids, titles or [""] * len(grids))] + [None] * (-len(grids) % columns if len(grids) > columns else 0)
+    return _draw([pictures[i:i + columns] for i in range(0, len(pictures), columns)])
 
 def draw_task(task: Task,
               answers: list | None = None # for each test a grid, None where the answer is no grid, or a list of such
              ) -> Figure:
-    "Draw demonstrations and tests as columns, inputs above outputs, and below them a model's answers."
-    columns = [[(x, f"{what} {i + 1}"), (y, "" if y is not None else "unknown")] for what, part in (("demo", task.demos), ("test", task.tests)) for i, (x, y) in enumerate(part)]
-    for (_, y), column, given in zip(task.tests, columns[len(task.demos):], answers or []):
-        column += [(a, "answer" if y is None or a is None else "right" if np.array_equal(a, y) else "wrong") for a in (given if isinstance(given, list) else [given])]
-    rows = max(map(len, columns))
-    fig, axes = plt.subplots(rows, len(columns), figsize=(1.6 * len(columns), 1.7 * rows), layout="constrained", squeeze=False)
-    for some, column in zip(axes.T, columns): _draw(some, column)
-    plt.close(fig)
-    return fig
+    "Draw demonstrations and tests as columns, inputs above outputs, and beside each test's solution a model's answers."
+    columns = [[(x, f"demo {i + 1}"), (y, "")] for i, (x, y) in enumerate(task.demos)]
+    for i, (x, y) in enumerate(task.tests):
+        columns.append([(x, f"test {i + 1}"), (y, "solution" if y is not None else "unknown")])
+        given = (answers or [])[i:i + 1]   # of this test; fewer may be given than there are tests
+        for a in given[0] if given and isinstance(given[0], list) else given:
+            columns.append([None, (a, "answer" if y is None or a is None else "right" if np.array_equal(a, y) else "wrong")])
+    return _draw([*map(list, zip(*columns))])
 
 # %% ../nbs/38_puzzles.ipynb #715755ba
 COMMIT = "399030444e0ab0cc8b4e199870fb20b863846f34"

@@ -193,12 +193,13 @@ def test_the_real_tests_are_held_back(arc):
 
 
 def test_pictures():
-    "A column a pair, a row for each answer; small grids keep the size of large ones' cells."
+    "A column a pair or an answer; cells have one size."
     t = as_task(ROW, "a")
     fig = draw_task(t, [[t.tests[0][1], t.tests[0][0], None]])
-    assert len(fig.axes) == 3 * 5 and [a.get_title() for a in fig.axes[2::3]] == ["test 1", "", "right", "wrong", "answer"]
-    fig = draw_grids(t.grids, columns=4)
-    assert len(fig.axes) == 8 and {a.get_xlim() for a in fig.axes[:6]} == {(0.0, 3.0)}
+    assert len(fig.axes) == 2 * 6 and [a.get_title() for a in fig.axes] == ["demo 1", "demo 2", "test 1", "", "", "", "", "", "solution", "right", "wrong", "answer"]
+    fig = draw_grids([np.zeros((2, 9), np.uint8), np.zeros((9, 2), np.uint8), None, *t.grids], columns=4)
+    fig.canvas.draw()
+    assert len(fig.axes) == 12 and len({round(float(a.bbox.width / np.ptp(a.get_xlim())), 2) for a in fig.axes if a.collections}) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
