@@ -108,12 +108,17 @@ class Group:
         "Average a figure of speed over the seeds."
         return float(np.mean(x)) if (x := [r.speed[key] for r in self.runs.values() if r.speed.get(key)]) else None
 
+def _came(r: Record) -> str | None: # SHA-256 of the weights that a run came with; new ones follow the seed, and so does a new adapter
+    if r.model.get("base") == "scratch": return None
+    own = (r.engine.get("stages") or [{}])[-1]
+    fresh = own.get("run") == r.run and own["tune"] != "all" and own["place"] == (r.params["continue_from"] or r.params["base"])
+    return own["base_sha256"] if fresh else r.model.get("sha256")
+
 def grouped(found: dict[str, Record]) -> list[Group]:
     "Join runs that differ in their seed alone; the same seed twice is no second draw."
     made = {}
     for name, r in found.items():
-        base = r.model.get("sha256") if r.model.get("base") != "scratch" else None   # new weights follow the seed
-        same, turn = json.dumps([settings(r), evaluated(r), base], sort_keys=True), 0
+        same, turn = json.dumps([settings(r), evaluated(r), _came(r)], sort_keys=True), 0
         while r.seed in (seeds := made.setdefault((same, turn), {})): turn += 1
         seeds[r.seed] = name
     out = []

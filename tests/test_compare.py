@@ -119,6 +119,15 @@ def test_seeds_of_new_encoders_are_one_row(folder):
     assert [list(g.runs) for g in go(folder, "old-*").groups] == [["old-0"], ["old-1"]]
 
 
+@pytest.mark.parametrize("place, groups", [("small", [["lora-0", "lora-1"]]), ("earlier", [["lora-0"], ["lora-1"]])], ids=["new", "continued"])
+def test_seeds_of_a_new_adapter_are_one_row(folder, place, groups):
+    "It follows the seed and the weights beside it don't; an adapter that a run continues is part of what it came with."
+    for seed in range(2):
+        write_run(folder, f"lora-{seed}", .05, seed=seed, kind="solve", params={"continue_from": "small"}, model={"base": "small", "sha256": f"{seed}" * 64},
+                  engine={"stages": [{"run": "small", "tune": "all", "place": None, "base_sha256": "c" * 64}, {"run": f"lora-{seed}", "tune": "LoRA 8", "place": place, "base_sha256": "d" * 64}]})
+    assert [list(g.runs) for g in go(folder, "lora-*").groups] == groups
+
+
 def test_verdicts(folder):
     by = {x.group.name: x for x in go(folder).rows}
     assert {n: x.verdict for n, x in by.items()} == {"leaky": "better", "same": "within noise", "seeds": "better", "up": "better"}
